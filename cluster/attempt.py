@@ -1,0 +1,57 @@
+"""The attempts of a run: each start of a run folder takes a number of its own, for ever."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nsi.errors import UserError
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run: which, when, on how many ranks, and the step it went on from."""
+
+    number: int
+    started: float  # seconds since 1970
+    world_size: int
+    launcher: str
+    restored_step: int
+
+
+def take_attempt(folder: Path, world_size: int, launcher: str, restored_step: int) -> Attempt:
+    """Takes the next number by creating its file exclusively, so that two starts never share one.
+
+    Raises UserError where the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        number = len(list(folder.glob("attempt-*.json"))) + 1
+        while True:
+            attempt = Attempt(number, time.time(), world_size, launcher, restored_step)
+            try:
+                with (folder / f"attempt-{number:04d}.json").open("x") as file:
+                    json.dump(asdict(attempt), file)
+                return attempt
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --log_path") from None
+
+
+def read_attempts(folder: Path) -> list[Attempt]:
+    """All attempts of a run, in order. One whose file was cut is left out: it never did a step."""
+    attempts = []
+    for path in sorted(folder.glob("attempt-*.json")):
+        try:
+            attempts.append(Attempt(**json.loads(path.read_text())))
+        except (ValueError, TypeError):
+            continue
+    return attempts
+
+
+def is_superseded(step: int, number: int, attempts: list[Attempt]) -> bool:
+    """Whether a later attempt went on from before this step, so that what attempt `number` said of it is void."""
+    return any(later.number > number and later.restored_step < step for later in attempts)

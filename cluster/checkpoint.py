@@ -1,0 +1,187 @@
+"""Checkpoints that any world, ZeRO stage and precision can load, and that are whole or not there.
+
+    RUN/checkpoints/step-00001000/
+        model.safetensors       the trained parameters, float32, whole
+        optimizer.safetensors   Adam's two moments, as exp_avg/NAME and exp_avg_sq/NAME
+        state.json              step, optimizer steps, attempt, and what the caller adds (configuration, vocabulary)
+        complete.json           the success mark, written last: sha256 of each of the three
+
+A checkpoint is written under a temporary name, synced, renamed, then marked. One without the mark, or whose bytes do
+not have the marked checksums, is passed over with a warning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from cluster.engine import MOMENTS, TrainingState
+from nsi.errors import UserError
+
+FORMAT = 1
+MODEL, OPTIMIZER, STATE, COMPLETE = "model.safetensors", "optimizer.safetensors", "state.json", "complete.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds. `facts` is the caller's: it must be plain JSON."""
+
+    step: int
+    attempt: int
+    training: TrainingState
+    facts: dict
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step:08d}"
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Writes a checkpoint so that it is whole or not there; one of the same step is replaced."""
+    target = checkpoint_path(folder, checkpoint.step)
+    temporary = folder / f".{target.name}.attempt-{checkpoint.attempt:04d}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(checkpoint.training.parameters, temporary / MODEL)
+    moments = {f"{m}/{name}": tensor for m in MOMENTS for name, tensor in checkpoint.training.moments[m].items()}
+    save_file(moments, temporary / OPTIMIZER)
+    state = {
+        "format": FORMAT,
+        "step": checkpoint.step,
+        "optimizer_steps": checkpoint.training.optimizer_steps,
+        "attempt": checkpoint.attempt,
+        **checkpoint.facts,
+    }
+    (temporary / STATE).write_text(json.dumps(state, indent=1))
+    names = (MODEL, OPTIMIZER, STATE)
+    for name in names:
+        _sync(temporary / name)
+    marks = {name: _sha256(temporary / name) for name in names}
+    if target.exists():  # torn, or written by an attempt that came to this step before
+        shutil.rmtree(target)
+    temporary.rename(target)
+    mark = target / (COMPLETE + ".tmp")
+    mark.write_text(json.dumps(marks, indent=1))
+    _sync(mark)
+    mark.rename(target / COMPLETE)
+    _sync(target)
+    _sync(folder)
+    return target
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A verified checkpoint.
+
+    Raises UserError where it is torn, changed, or of a newer format.
+    """
+    verify_checkpoint(path)
+    state = json.loads((path / STATE).read_text())
+    if state["format"] != FORMAT:
+        raise UserError(f"{path}: format {state['format']}, but this version reads {FORMAT}; upgrade the program")
+    try:
+        parameters = load_file(path / MODEL)
+        loaded = load_file(path / OPTIMIZER)
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged ({error}); remove it, the one before it will be used") from None
+    moments: dict[str, dict[str, torch.Tensor]] = {m: {} for m in MOMENTS}
+    for key, tensor in loaded.items():
+        moment, _, name = key.partition("/")
+        moments[moment][name] = tensor
+    training = TrainingState(parameters, moments, state["optimizer_steps"])
+    facts = {k: v for k, v in state.items() if k not in ("format", "step", "optimizer_steps", "attempt")}
+    return Checkpoint(state["step"], state["attempt"], training, facts)
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Raises UserError unless the checkpoint has its success mark and exactly the bytes that were marked."""
+    try:
+        marks = json.loads((path / COMPLETE).read_text())
+        torn = [name for name, sha256 in marks.items() if _sha256(path / name) != sha256]
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"{path}: not complete (no readable {COMPLETE} or a file is missing); remove it") from None
+    if torn:
+        raise UserError(f"{path}: {', '.join(torn)} changed since it was written; remove the checkpoint")
+
+
+def newest_verified(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that verifies, or None; `warn` is told of each newer one that does not."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            verify_checkpoint(path)
+            return path
+        except UserError as error:
+            warn(f"passed over a checkpoint: {error}")
+    return None
+
+
+def prune(folder: Path, keep_last: int, keep_also: frozenset[int]) -> None:
+    """Removes all complete checkpoints but the last few and those of the given steps."""
+    complete = sorted(path for path in folder.glob("step-*") if (path / COMPLETE).exists())
+    kept = {path.name for path in complete[-keep_last:]} | {checkpoint_path(folder, step).name for step in keep_also}
+    for path in complete:
+        if path.name not in kept:
+            # The mark goes first: a removal cut short leaves an unmarked folder, which nobody takes.
+            (path / COMPLETE).unlink()
+            shutil.rmtree(path)
+
+
+class CheckpointWriter:
+    """Writes checkpoints in the background, one at a time, so that steps go on meanwhile."""
+
+    def __init__(self, folder: Path, keep_last: int) -> None:
+        self._folder = folder
+        self._keep_last = keep_last
+        self._thread: threading.Thread | None = None
+        self._error: OSError | None = None
+
+    def submit(self, checkpoint: Checkpoint, keep_also: frozenset[int]) -> None:
+        """Begins to write; waits first for the one before. Raises UserError where that one failed."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(checkpoint, keep_also), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Waits until what was submitted lies on disk. Raises UserError where it could not be written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise UserError(
+                f"{self._folder}: the checkpoint could not be written ({error.strerror}); "
+                "make room or mend the folder and start again, the run continues from the one before"
+            )
+
+    def _write(self, checkpoint: Checkpoint, keep_also: frozenset[int]) -> None:
+        try:
+            write_checkpoint(self._folder, checkpoint)
+            prune(self._folder, self._keep_last, keep_also)
+        except OSError as error:
+            self._error = error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,54 @@
+"""The process group: joined before training, left in order afterwards."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+
+import torch
+import torch.distributed as dist
+
+from cluster.world import World
+from nsi.errors import UserError
+
+
+def device_of(world: World) -> torch.device:
+    """The device this rank trains on: its own GPU where there are GPUs, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", world.local_rank % torch.cuda.device_count())
+
+
+def join(world: World, timeout_s: float = 1800.0) -> None:
+    """Joins the process group of a world, gloo on CPUs and NCCL on GPUs.
+
+    A world of one meets itself in memory: it needs no port and no launcher. Raises UserError where the ranks cannot
+    meet (the port taken, rank 0's host unreachable).
+    """
+    os.environ.update(world.environment())
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(device_of(world))
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if world.size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    try:
+        dist.init_process_group(backend, init_method="env://", timeout=timeout)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise UserError(
+            f"rank {world.rank} cannot meet the others at {world.master_addr}:{world.master_port} "
+            f"({str(error).splitlines()[0]}); set MASTER_PORT to a free port, MASTER_ADDR to rank 0's host"
+        ) from None
+
+
+def leave() -> None:
+    """Leaves the process group once everybody is done.
+
+    The pause keeps gloo's threads from being torn down while they still answer a peer (pytorch issue 190489).
+    """
+    dist.barrier()
+    time.sleep(0.2)
+    dist.destroy_process_group()

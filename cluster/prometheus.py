@@ -1,0 +1,106 @@
+"""A Prometheus endpoint for each rank, and the file by which a Prometheus server finds it.
+
+The endpoint listens on a free port unless one is asked for, and RUN/prometheus/rank-NNNNN.json says which: point
+`file_sd_configs` at those files (slurm/prometheus.yml does). Names follow the OpenMetrics rules and end in their unit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+
+from cluster.events import Event, Sink
+from cluster.world import World
+from nsi.errors import UserError
+
+LABELS = ("run", "rank", "node", "slurm_job_id")
+
+_GAUGES = {
+    "loss": ("nsi_loss_nats", "Training loss of the last logged step, of the whole batch"),
+    "contrastive": ("nsi_contrastive_loss_nats", "Contrastive part of the loss"),
+    "reconstruction": ("nsi_reconstruction_loss_ratio", "Reconstruction part of the loss, mean squared error"),
+    "lr": ("nsi_learning_rate_ratio", "Learning rate"),
+    "grad_norm": ("nsi_gradient_norm_ratio", "Global gradient norm before clipping"),
+    "epoch": ("nsi_epochs_ratio", "Passes over the training split so far"),
+}
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A running endpoint: where it listens and the sink that feeds it."""
+
+    port: int
+    sink: Sink
+    target: Path
+
+    def deregister(self) -> None:
+        """Takes the endpoint out of Prometheus' target list; do so before the process ends, or alerts fire."""
+        self.target.unlink(missing_ok=True)
+
+
+def serve(world: World, run: Path, port: int) -> Endpoint:
+    """Starts this rank's endpoint on `port` + local rank, or on any free port where `port` is 0.
+
+    Raises UserError where the port is taken.
+    """
+    registry = CollectorRegistry()
+    labels = {
+        "run": run.name,
+        "rank": str(world.rank),
+        "node": socket.gethostname(),
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID", ""),
+    }
+    wanted = port + world.local_rank if port else 0
+    try:
+        server, _ = start_http_server(wanted, registry=registry)
+    except OSError as error:
+        raise UserError(
+            f"--prometheus_port {port}: port {wanted} cannot be used by rank {world.rank} ({error.strerror}); "
+            "choose another, or 0 for any free one"
+        ) from None
+    listening = server.server_port
+    target = run / "prometheus" / f"rank-{world.rank:05d}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    address = "127.0.0.1" if world.size == 1 else socket.gethostname()
+    target.write_text(json.dumps([{"targets": [f"{address}:{listening}"], "labels": {"job": "nsi"}}]))
+    return Endpoint(listening, _sink(registry, labels), target)
+
+
+def _sink(registry: CollectorRegistry, labels: dict[str, str]) -> Sink:
+    def gauge(name: str, text: str) -> Gauge:
+        return Gauge(name, text, LABELS, registry=registry).labels(**labels)
+
+    def counter(name: str, text: str) -> Counter:
+        return Counter(name, text, LABELS, registry=registry).labels(**labels)
+
+    gauges = {key: gauge(*described) for key, described in _GAUGES.items()}
+    steps = counter("nsi_steps", "Optimizer steps done by this process")
+    images = counter("nsi_images", "Images of the whole batch trained on since this process began")
+    step_seconds = counter("nsi_step_seconds", "Seconds spent in steps, the wait for data left out")
+    wait_seconds = counter("nsi_data_wait_seconds", "Seconds spent waiting for data")
+    saves = counter("nsi_checkpoints", "Checkpoints written")
+    save_seconds = counter("nsi_checkpoint_seconds", "Seconds that steps stood still for checkpoints")
+    step_now = gauge("nsi_step_count", "Steps done since the run began, over all attempts")
+    recall = gauge("nsi_validation_recall_at_5_ratio", "Validation retrieval R@5, mean of both directions")
+
+    def feed(event: Event) -> None:
+        step_now.set(event.step)
+        if event.kind == "steps":
+            for key, made in gauges.items():
+                made.set(event.facts[key])
+            steps.inc(event.facts["steps"])
+            images.inc(event.facts["images"])
+            wait_seconds.inc(event.facts["data_wait_seconds"])
+            step_seconds.inc(max(0.0, event.t1 - event.t0 - event.facts["data_wait_seconds"]))
+        elif event.kind == "checkpoint":
+            saves.inc()
+            save_seconds.inc(event.t1 - event.t0)
+        elif event.kind == "validation":
+            recall.set(event.facts["R@5"])
+
+    return feed
