@@ -1,0 +1,71 @@
+"""Puts the parts together that training and evaluation share: the frozen backbone and the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from launch.config import BackboneConfig, TrainConfig
+from nsi.backbone import DCT, Backbone, build_backbone
+from nsi.errors import UserError
+from nsi.model import NeuralSlotInterpreter
+from nsi.schema import Vocabulary
+
+
+def make_backbone(config: BackboneConfig, image_size: int) -> Backbone:
+    """The frozen backbone with its weights, on the CPU.
+
+    Raises UserError where the weights can be had neither from a file nor from the hub, or do not fit.
+    """
+    if config.backbone == DCT:
+        if config.backbone_weights:
+            raise UserError(f"--backbone_weights {config.backbone_weights}: the backbone {DCT!r} has no weights")
+        return build_backbone(DCT, image_size, patch_size=config.patch_size)
+    if config.backbone_weights:
+        return build_backbone(config.backbone, image_size, _read_weights(config.backbone_weights))
+    return build_backbone(config.backbone, image_size, _fetch_weights(config.backbone))
+
+
+def make_model(config: TrainConfig, vocabulary: Vocabulary, backbone: Backbone) -> NeuralSlotInterpreter:
+    """The model with its initial weights, which the seed alone decides."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.optim.seed)
+        return NeuralSlotInterpreter(config.model, backbone.feature_dim, backbone.num_patches, vocabulary.counts())
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict from a .safetensors file or one saved by torch; nothing in it is executed."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"--backbone_weights {path}: no such file") from None
+    except Exception as error:  # torch and safetensors raise a dozen kinds for a file that is not theirs
+        raise UserError(f"--backbone_weights {path}: not a weights file ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise UserError(f"--backbone_weights {path}: not a state dict; save model.state_dict() and give that file")
+    return content
+
+
+def _fetch_weights(name: str) -> dict[str, torch.Tensor]:
+    """timm's weights from the hub, or from the hub's cache on this machine."""
+    import timm
+
+    if not timm.is_model(name):
+        raise UserError(
+            f"--backbone {name}: timm {timm.__version__} knows no such model (timm.list_models() lists them)"
+        )
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:  # the hub's client raises its own, requests' and the operating system's errors
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"--backbone {name}: its weights are not on this machine and cannot be fetched ({reason[:120]}). "
+            'Where there is internet run: python -c "import timm, torch; '
+            f"torch.save(timm.create_model('{name}', pretrained=True, num_classes=0).state_dict(), 'backbone.pt')\" "
+            "and give --backbone_weights backbone.pt"
+        ) from None

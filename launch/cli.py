@@ -1,0 +1,87 @@
+"""The command line: `nsi VERB ...`, the same as `python -m launch VERB ...`.
+
+Each verb is a file of this folder with a frozen configuration and `run(config)`. A verb's file is imported when it is
+called for, so that `nsi synth` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from nsi.errors import UserError
+
+VERBS = {
+    "synth": ("launch.synth", "SynthConfig", "render textured scenes in the CLEVRTex layout"),
+    "shard": ("launch.shard", "ShardConfig", "turn a folder of scenes into WebDataset shards"),
+    "verify": ("launch.verify", "VerifyConfig", "check every byte of a folder of shards"),
+    "train": ("launch.train", "", "train on shards, alone or under any launcher"),
+    "eval": ("launch.evaluate", "EvalConfig", "measure retrieval and object discovery of a run"),
+    "report": ("launch.report", "ReportConfig", "write a run's report as one HTML file"),
+    "demo": ("launch.demo", "DemoConfig", "all of it in minutes, on two CPU processes"),
+}
+DEBUG = "--debug"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one verb; the process ends with 0 for done, 1 for a failure told in one line, 2 for wrong usage."""
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one verb and returns the exit status."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    verb = arguments[0]
+    if verb not in VERBS:
+        print(f"nsi: no verb {verb!r}; there are {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    debug = DEBUG in arguments
+    rest = [argument for argument in arguments[1:] if argument != DEBUG]
+    try:
+        module = importlib.import_module(VERBS[verb][0])
+        if hasattr(module, "main"):  # a verb with a command line of its own
+            module.main(rest)
+        else:
+            module.run(_parse(module, verb, rest))
+    except SystemExit as leaving:  # tyro ends so after --help (0) and after wrong usage (2)
+        return leaving.code if isinstance(leaving.code, int) else 2
+    except KeyboardInterrupt:
+        print(f"nsi {verb}: interrupted", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output went away (`nsi verify ... | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except UserError as error:
+        if debug:
+            raise
+        print(f"nsi {verb}: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        print(f"nsi {verb}: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parse(module: Any, verb: str, arguments: list[str]) -> Any:
+    import tyro
+
+    kind = getattr(module, VERBS[verb][1])
+    return tyro.cli(kind, args=arguments, prog=f"nsi {verb}", use_underscores=True)
+
+
+def _overview() -> str:
+    lines = ["usage: nsi VERB ...      (nsi VERB --help tells more)", ""]
+    lines += [f"  {verb:8} {text}" for verb, (_, _, text) in VERBS.items()]
+    lines += ["", f"{DEBUG} anywhere shows the traceback of a failure. Exit status: 0 done, 1 failed, 2 wrong usage."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""What `nsi train` can be told: one frozen dataclass a part, all flags flat. Names and defaults are those of the
+public NSI code wherever it has them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from cluster.engine import EngineConfig
+from nsi.errors import UserError
+from nsi.model import ModelConfig
+
+RecipeName = Literal["default", "demo"]
+Config = TypeVar("Config")
+Flat = tyro.conf.OmitArgPrefixes
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How scenes become batches."""
+
+    image_size: int = 224
+    """Images are resized once, from the source, to this many pixels square."""
+    max_program_len: int = 10
+    """Most objects in a scene."""
+    num_workers: int = 1
+    """Threads a rank that read and decode ahead of the training step."""
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The frozen feature extractor."""
+
+    backbone: str = "vit_base_patch8_224.dino"
+    """Any timm ViT by name, or "dct": fixed statistics of each patch, which need no weights."""
+    backbone_weights: Path | None = None
+    """A file with the ViT's weights (.safetensors, or a state dict saved by torch). Without it they come from the
+    hub, which compute nodes often cannot reach."""
+    patch_size: int = 8
+    """Patch size of the backbone "dct"; a ViT has its own."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The contrastive loss and the reconstruction loss."""
+
+    tau: float = 0.1
+    """Temperature: scores are divided by it."""
+    beta: float = 1.0
+    """Weight of the reconstruction loss. Here that loss is the mean over the F features; the public code sums over
+    them, so its beta 1.0 is F (768 for ViT-B) in ours, unless --reconstruction sum."""
+    reconstruction: Literal["mean", "sum"] = "mean"
+    """Squared error averaged over the features, or summed over them as the public code does."""
+    score: Literal["sum", "mean"] = "sum"
+    """Score of an image and a schema: sum over the schema's objects, or their mean, which keeps large scenes from
+    outweighing small ones."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How long, how fast, in which portions."""
+
+    seed: int = 0
+    """Decides the initial weights, the order of the data and all noise."""
+    batch_size: int = 128
+    """The GLOBAL batch, on any number of GPUs: a command means the same training everywhere."""
+    micro_batch_size: int = 0
+    """Rows a rank takes through the model at once; 0 means all its rows. Smaller ones cost a second forward and
+    change no result: every row still sees all negatives."""
+    epochs: int = 300
+    """Passes over the training split."""
+    max_steps: int = 0
+    """Stop after so many steps instead; 0 means by --epochs. The schedule ends where training ends."""
+    lr: float = 4e-4
+    """Peak learning rate of AdamW."""
+    lr_warmup_steps: int = 10000
+    """Steps over which the learning rate rises linearly."""
+    schedule: Literal["cosine", "plateau", "constant"] = "cosine"
+    """After the warm-up: cosine to zero, halve after --patience stale validations, or stay."""
+    patience: int = 4
+    """Validations without a better loss before --schedule plateau halves the learning rate."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW."""
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """What is kept and shown along the way."""
+
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints."""
+    validate_every: int = 0
+    """Steps between two validations; 0 means once an epoch."""
+    prometheus_port: int = 0
+    """Port of rank 0's Prometheus endpoint, the next ones for further ranks of the node; 0 takes any free port, which
+    RUN/prometheus/ then names."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train Neural Slot Interpreters on shards.
+
+    Start it alone, or with deepspeed, torchrun, accelerate launch or srun; RUN goes on by itself where it was cut.
+    """
+
+    data_path: Path
+    """Folder of shards, written by `nsi shard`."""
+    log_path: Path
+    """Run folder: configuration, metrics, checkpoints. One that has checkpoints is continued."""
+    checkpoint_path: Path | None = None
+    """A checkpoint folder whose weights start a fresh run."""
+    recipe: RecipeName = "default"
+    """A named set of values. Flags given beat the recipe, the recipe beats the defaults."""
+    data: Flat[DataConfig] = field(default_factory=DataConfig)
+    backbone: Flat[BackboneConfig] = field(default_factory=BackboneConfig)
+    model: Flat[ModelConfig] = field(default_factory=ModelConfig)
+    loss: Flat[LossConfig] = field(default_factory=LossConfig)
+    optim: Flat[OptimConfig] = field(default_factory=OptimConfig)
+    engine: Flat[EngineConfig] = field(default_factory=EngineConfig)
+    watch: Flat[WatchConfig] = field(default_factory=WatchConfig)
+
+
+def check(config: TrainConfig) -> None:
+    """Raises UserError for values that no run could use."""
+    positive = {
+        "batch_size": config.optim.batch_size,
+        "lr": config.optim.lr,
+        "tau": config.loss.tau,
+        "image_size": config.data.image_size,
+        "max_program_len": config.data.max_program_len,
+        "log_every": config.watch.log_every,
+        "checkpoint_every": config.watch.checkpoint_every,
+        "patience": config.optim.patience,
+        "epochs": config.optim.epochs,
+        "num_workers": config.data.num_workers,
+    }
+    for name, value in positive.items():
+        if not value > 0:
+            raise UserError(f"--{name} {value}: must be above 0")
+    not_negative = {
+        "micro_batch_size": config.optim.micro_batch_size,
+        "max_steps": config.optim.max_steps,
+        "lr_warmup_steps": config.optim.lr_warmup_steps,
+        "grad_clip": config.optim.grad_clip,
+        "weight_decay": config.optim.weight_decay,
+        "beta": config.loss.beta,
+        "validate_every": config.watch.validate_every,
+        "seed": config.optim.seed,
+    }
+    for name, value in not_negative.items():
+        if not value >= 0:
+            raise UserError(f"--{name} {value}: must be at least 0")
+    if not 0 <= config.watch.prometheus_port < 65536:
+        raise UserError(f"--prometheus_port {config.watch.prometheus_port}: must be a port number, or 0 for any")
+
+
+def science(config: TrainConfig) -> dict[str, Any]:
+    """The values that a run may not change on its way, by flag: they decide what is computed, not where or how."""
+    kept = {"batch_size", "seed", "lr", "lr_warmup_steps", "schedule", "patience", "grad_clip", "weight_decay"}
+    return {
+        **vars(config.model),
+        **vars(config.loss),
+        "backbone": config.backbone.backbone,
+        "patch_size": config.backbone.patch_size,
+        "image_size": config.data.image_size,
+        "max_program_len": config.data.max_program_len,
+        **{name: value for name, value in vars(config.optim).items() if name in kept},
+    }
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def from_json(kind: type[Config], content: dict[str, Any]) -> Config:
+    """A configuration from its JSON. Raises UserError naming a key that this version does not know."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    values = {}
+    for name, value in content.items():
+        if name not in hints:
+            raise UserError(f"config.json: this version knows no {name!r}; use the version that wrote the run")
+        values[name] = _revive(hints[name], value)
+    return kind(**values)
+
+
+def _revive(hint: Any, value: Any) -> Any:
+    while typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    if is_dataclass(hint) and isinstance(hint, type):
+        return from_json(hint, value)
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return Path(value) if Path in options and value is not None else value
+
+
+def flag_values(config: Any) -> dict[str, Any]:
+    """Every flag's value, by its name."""
+    values: dict[str, Any] = {}
+    for each in fields(config):
+        value = getattr(config, each.name)
+        values.update(flag_values(value) if is_dataclass(value) else {each.name: value})
+    return values

@@ -1,0 +1,76 @@
+"""Adds up what a logged interval of training took, and says it as an event."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+
+import torch
+
+from cluster.events import Event
+from launch.config import TrainConfig
+from launch.step import StepResult
+from nsi.batch import Batch
+from nsi.errors import UserError
+from shards.order import Order
+
+
+class Meter:
+    """Adds up what a logged interval took: the waits for data, the steps, and nothing else."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._began: float | None = None
+        self._steps = 0
+        self._waited = 0.0
+        self._stepped = 0.0
+
+    def wait_for(self, batches: Iterator[Batch], device: torch.device) -> Batch:
+        """The next batch, on the device."""
+        t0 = time.time()
+        if self._began is None:
+            self._began = t0
+        batch = next(batches).to(device)
+        self._waited += time.time() - t0
+        return batch
+
+    @contextlib.contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Times one step."""
+        t0 = time.time()
+        yield
+        self._stepped += time.time() - t0
+        self._steps += 1
+
+    def event(self, step: int, lr: float, result: StepResult, config: TrainConfig, order: Order, world: int) -> Event:
+        """The interval as an event, and a fresh interval. Raises UserError where the loss is not finite."""
+        contrastive, reconstruction = float(result.contrastive), float(result.reconstruction)
+        loss = contrastive + config.loss.beta * reconstruction
+        if not math.isfinite(loss):
+            raise UserError(
+                f"step {step}: the loss is {loss}; lower --lr or raise --lr_warmup_steps, then start again, "
+                "the run goes on from its last checkpoint"
+            )
+        images = self._steps * config.optim.batch_size
+        facts = {
+            "epoch": order.epoch(step),
+            "loss": loss,
+            "contrastive": contrastive,
+            "reconstruction": reconstruction,
+            "lr": lr,
+            "grad_norm": float(result.grad_norm),
+            "images_per_second": images / max(1e-9, self._waited + self._stepped),
+            "world_size": world,
+            "zero_stage": config.engine.zero_stage,
+            "steps": self._steps,
+            "images": images,
+            "data_wait_seconds": self._waited,
+            "step_seconds": self._stepped,
+        }
+        began = self._began or time.time()
+        self._reset()
+        return Event("steps", step, began, time.time(), facts)

@@ -1,0 +1,91 @@
+"""What a run goes on from: its newest verified checkpoint, checked against what is asked for now."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.checkpoint import Checkpoint, newest_verified, read_checkpoint
+from launch import runfolder
+from launch.config import TrainConfig, from_json, science, to_json
+from launch.schedule import Plateau
+from nsi.backbone import Backbone, parameters_hash
+from nsi.errors import UserError
+from nsi.model import NeuralSlotInterpreter
+from shards.dataset import Split
+from shards.manifest import Manifest
+
+
+@dataclass
+class Progress:
+    """What changes from step to step besides the engine; checkpoints keep it."""
+
+    step: int
+    plateau: Plateau
+    best: dict[str, float]  # {"step", "R@5"} of the best validation, empty before the first
+
+
+def find_checkpoint(config: TrainConfig, train: Split, backbone: Backbone, speak: bool) -> Checkpoint | None:
+    """The run's newest verified checkpoint, if it belongs to this configuration and data."""
+    folder = config.log_path
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; give --log_path a folder")
+
+    def warn(text: str) -> None:
+        if speak:
+            print(f"nsi train: {text}", file=sys.stderr)
+
+    path = newest_verified(folder / runfolder.CHECKPOINTS, warn)
+    if path is None:
+        return None
+    restored = read_checkpoint(path)
+    _check_schema(path, restored, train)
+    if restored.facts["fingerprint"] != train.manifest.fingerprint:
+        raise UserError(f"{folder}: was trained on other shards than {config.data_path}; choose another --log_path")
+    before = science(from_json(TrainConfig, restored.facts["config"]))
+    changed = [
+        f"--{name} was {before[name]}, is {value}" for name, value in science(config).items() if before[name] != value
+    ]
+    if changed:
+        raise UserError(f"{folder}: {'; '.join(changed)}: a run keeps these; choose another --log_path or change back")
+    if restored.facts["backbone_hash"] != parameters_hash(backbone):
+        raise UserError(f"{folder}: was trained on a backbone with other weights; give the same --backbone_weights")
+    return restored
+
+
+def load_start(model: NeuralSlotInterpreter, path: Path, train: Split) -> None:
+    """Weights of another run's checkpoint into a fresh model."""
+    start = read_checkpoint(path)
+    _check_schema(path, start, train)
+    try:
+        model.load_state_dict(start.training.parameters)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(
+            f"{path}: does not fit this model ({reason}); give the flags that it was trained with"
+        ) from None
+
+
+def checkpoint_facts(config: TrainConfig, manifest: Manifest, backbone: Backbone, now: Progress) -> dict[str, Any]:
+    """What a checkpoint says besides the training state."""
+    return {
+        "seed": config.optim.seed,
+        "batch_size": config.optim.batch_size,
+        "fingerprint": manifest.fingerprint,
+        "vocabulary": {name: list(names) for name, names in vars(manifest.vocabulary).items()},
+        "vocabulary_fingerprint": manifest.vocabulary.fingerprint(),
+        "backbone_hash": parameters_hash(backbone),
+        "plateau": vars(now.plateau),
+        "best": now.best,
+        "config": to_json(config),
+    }
+
+
+def _check_schema(path: Path, found: Checkpoint, train: Split) -> None:
+    if found.facts["vocabulary_fingerprint"] != train.manifest.vocabulary.fingerprint():
+        raise UserError(
+            f"{path}: was trained on another schema (other sizes, shapes or materials) than {train.folder} has; "
+            "its ids mean other things, so use the shards it was trained on"
+        )

@@ -1,0 +1,308 @@
+"""Training from first to last: everything is prepared and checked on all ranks, then steps follow steps."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from cluster.attempt import Attempt, take_attempt
+from cluster.checkpoint import Checkpoint, CheckpointWriter
+from cluster.collectives import any_rank, collect, share
+from cluster.engine import Engine
+from cluster.events import Event, EventLog, Sink
+from cluster.processes import device_of, join, leave
+from cluster.prometheus import serve
+from cluster.sinks import metrics_sink, tensorboard_sink, validation_sink
+from cluster.stop import StopRequest
+from cluster.world import World, find_world
+from launch import runfolder
+from launch.build import make_backbone, make_model
+from launch.config import TrainConfig, check, to_json
+from launch.display import training_display
+from launch.meter import Meter
+from launch.pictures import mask_sheet
+from launch.resume import Progress, checkpoint_facts, find_checkpoint, load_start
+from launch.schedule import Plateau, after_validation, learning_rate
+from launch.step import StepSettings, training_step
+from launch.validation import validate
+from nsi.backbone import Backbone, parameters_hash
+from nsi.errors import UserError
+from nsi.model import NeuralSlotInterpreter
+from shards.dataset import Split, open_split
+from shards.loader import BatchShape, check_fits, training_batches, whole_split
+from shards.order import Order, rows_per_rank
+
+KEEP_LAST = 2  # checkpoints kept besides the best one
+DEEPSPEED_CONFIG = Path(__file__).with_name("deepspeed.json")
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, on this rank."""
+
+    train: Split
+    val: Split
+    order: Order
+    backbone: Backbone
+    model: NeuralSlotInterpreter
+    restored: Checkpoint | None
+
+
+def train(config: TrainConfig, stop: StopRequest) -> None:
+    """Trains, or goes on training, until the end or until asked to stop.
+
+    Raises UserError for anything that does not fit together, before a step is done.
+    """
+    began = time.time()
+    check(config)
+    world = find_world(os.environ)
+    device = device_of(world)
+    if device.type == "cpu" and world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))  # ranks share a machine's cores
+    join(world)
+    parts = together(lambda: prepare(config, speak=world.rank == 0))
+    endpoint = together(lambda: serve(world, config.log_path, config.watch.prometheus_port))
+    with contextlib.ExitStack() as closing:
+        closing.callback(endpoint.deregister)
+        attempt = share(together(lambda: _begin(config, world, parts)))
+        assert attempt is not None
+        sinks: list[Sink] = [endpoint.sink]
+        board = None
+        if world.rank == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(str(config.log_path / runfolder.TENSORBOARD))
+            closing.callback(board.close)
+            total, start = total_steps(config, parts.order), attempt.restored_step
+            sinks += [
+                metrics_sink(config.log_path / runfolder.METRICS, attempt.number),
+                validation_sink(config.log_path / runfolder.VALIDATION, attempt.number),
+                tensorboard_sink(board),
+                closing.enter_context(training_display(total, start)),
+            ]
+        log = EventLog(config.log_path / runfolder.EVENTS, attempt.number, world.rank, sinks)
+        closing.callback(log.close)
+        trainer = Trainer(config, world, device, parts, attempt, log, board)
+        log.emit(Event("start", trainer.now.step, began, time.time()))
+        finished = trainer.run(stop)
+    leave()
+    if world.rank == 0:
+        _say_where(config.log_path, finished, stop)
+
+
+class Trainer:
+    """The loop and what changes in it. Every method is called by all ranks together."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        world: World,
+        device: torch.device,
+        parts: Parts,
+        attempt: Attempt,
+        log: EventLog,
+        board: Any,
+    ) -> None:
+        """`board` is rank 0's TensorBoard writer, None on the others."""
+        self._config, self._world, self._device = config, world, device
+        self._parts, self._attempt, self._log, self._board = parts, attempt, log, board
+        self._backbone = parts.backbone.to(device)
+        rows = rows_per_rank(config.optim.batch_size, world.size)
+        micro_rows = min(config.optim.micro_batch_size or rows, rows)
+        self._settings = StepSettings(config.loss, config.optim.seed, world.rank, config.optim.batch_size, micro_rows)
+        self._engine = Engine(
+            parts.model.to(device),
+            config.engine,
+            world.size,
+            micro_rows,
+            math.ceil(rows / micro_rows),
+            config.optim.grad_clip,
+            config.optim.weight_decay,
+            DEEPSPEED_CONFIG,
+        )
+        self.now = Progress(0, Plateau(), {})
+        self._saved_step = -1
+        if restored := parts.restored:
+            self._engine.restore(restored.training)
+            self.now = Progress(restored.step, Plateau(**restored.facts["plateau"]), dict(restored.facts["best"]))
+            self._saved_step = restored.step
+        self._saver = CheckpointWriter(config.log_path / runfolder.CHECKPOINTS, KEEP_LAST)
+
+    def run(self, stop: StopRequest) -> bool:
+        """Trains to the end, or to the step at which any rank was asked to stop; returns whether it was the end."""
+        config, now, order = self._config, self.now, self._parts.order
+        total = total_steps(config, order)
+        validate_every = config.watch.validate_every or max(1, round(order.samples / config.optim.batch_size))
+        batches = training_batches(
+            self._parts.train,
+            order,
+            _shape(config),
+            self._world.rank,
+            self._world.size,
+            now.step,
+            config.data.num_workers,
+        )
+        meter = Meter()
+        stopped = False
+        with contextlib.closing(batches):
+            while now.step < total and not stopped:
+                batch = meter.wait_for(batches, self._device)
+                lr = learning_rate(config.optim, now.step, total, now.plateau)
+                with meter.stepping():
+                    result = training_step(self._engine, self._backbone, batch, now.step, lr, self._settings)
+                now.step += 1
+                if now.step % config.watch.log_every == 0 or now.step == total:
+                    self._log.emit(meter.event(now.step, lr, result, config, order, self._world.size))
+                if now.step % validate_every == 0 or now.step == total:
+                    self._validate()
+                if now.step % config.watch.checkpoint_every == 0:
+                    self._save()
+                stopped = any_rank(stop.signal is not None)
+        self._save()
+        self._saver.wait()
+        finished = now.step >= total
+        self._log.emit(Event("stop", now.step, time.time(), time.time(), {"finished": finished}))
+        if not finished and self._world.rank == 0:
+            # A batch script reads this mark: the job was cut, not done, and wants to be queued again.
+            (config.log_path / runfolder.STOPPED).write_text(f"{now.step}\n")
+        return finished
+
+    def _validate(self) -> None:
+        """Figures over the validation split; the weights are kept where they are the best so far."""
+        config, now, world = self._config, self.now, self._world
+        t0 = time.time()
+        batches = whole_split(
+            self._parts.val,
+            _shape(config),
+            config.optim.batch_size,
+            world.rank,
+            world.size,
+            config.data.num_workers,
+        )
+        found = validate(self._engine, self._backbone, batches, self._settings)
+        figures = share(found.figures)
+        now.plateau = after_validation(now.plateau, config.optim, now.step, figures["loss"])
+        if self._board is not None:
+            sheet_3HW = mask_sheet(found.images_BCHW, found.alphas_BNP, self._backbone.grid)
+            self._board.add_image("validation/slots", sheet_3HW, now.step)
+        self._log.emit(Event("validation", now.step, t0, time.time(), figures))
+        if not now.best or figures["R@5"] > now.best["R@5"]:
+            now.best = {"step": now.step, "R@5": figures["R@5"]}
+            self._save()
+
+    def _save(self) -> None:
+        """Hands the whole state to the writer, unless this step has been saved."""
+        now = self.now
+        if now.step == self._saved_step:
+            return
+        t0 = time.time()
+        state = self._engine.state()
+        if self._world.rank == 0:
+            facts = checkpoint_facts(self._config, self._parts.train.manifest, self._backbone, now)
+            keep = frozenset({int(now.best["step"])} if now.best else ())
+            self._saver.submit(Checkpoint(now.step, self._attempt.number, state, facts), keep)
+        self._saved_step = now.step
+        self._log.emit(Event("checkpoint", now.step, t0, time.time()))
+
+
+def prepare(config: TrainConfig, speak: bool) -> Parts:
+    """Opens the data, builds the model, and finds what to go on from. `speak`: whether to print warnings.
+
+    Raises UserError for anything that does not fit together.
+    """
+    train_split, val_split = open_split(config.data_path, "train"), open_split(config.data_path, "val")
+    for split in (train_split, val_split):
+        check_fits(split, config.data.max_program_len)
+    if config.optim.batch_size > len(train_split):
+        raise UserError(
+            f"{config.data_path}: --batch_size {config.optim.batch_size} is larger than the train split's "
+            f"{len(train_split)} scenes; lower it"
+        )
+    backbone = make_backbone(config.backbone, config.data.image_size)
+    restored = find_checkpoint(config, train_split, backbone, speak)
+    model = make_model(config, train_split.manifest.vocabulary, backbone)
+    if restored:
+        model.load_state_dict(restored.training.parameters)
+    elif config.checkpoint_path:
+        load_start(model, config.checkpoint_path, train_split)
+    order = Order(train_split.shard_samples, config.optim.seed, config.optim.batch_size)
+    return Parts(train_split, val_split, order, backbone, model, restored)
+
+
+def total_steps(config: TrainConfig, order: Order) -> int:
+    """Where training ends: --max_steps, or so many steps as --epochs take."""
+    return config.optim.max_steps or math.ceil(config.optim.epochs * order.samples / config.optim.batch_size)
+
+
+def together(make: Callable[[], Made]) -> Made:
+    """Runs something on every rank; where it fails on any, all end, and the first that failed says why."""
+    made: Any = None
+    trouble: str | None = None
+    try:
+        made = make()
+    except UserError as error:
+        trouble = str(error)
+    troubles = collect(trouble)
+    failed = [rank for rank, each in enumerate(troubles) if each is not None]
+    if not failed:
+        return made
+    if trouble is not None and troubles.index(trouble) == torch.distributed.get_rank():
+        raise UserError(trouble)
+    raise SystemExit(1)
+
+
+def _begin(config: TrainConfig, world: World, parts: Parts) -> Attempt | None:
+    """Rank 0 takes the attempt's number and writes down what is about to run."""
+    if world.rank != 0:
+        return None
+    step = parts.restored.step if parts.restored else 0
+    attempt = take_attempt(config.log_path / runfolder.ATTEMPTS, world.size, world.launcher, step)
+    (config.log_path / runfolder.STOPPED).unlink(missing_ok=True)
+    manifest = parts.train.manifest
+    content = {
+        "config": to_json(config),
+        "data": {
+            "path": str(config.data_path),
+            "fingerprint": manifest.fingerprint,
+            "variant": manifest.variant,
+            "split_rule": manifest.split_rule,
+            "image_size": manifest.image_size,
+            **{split: manifest.samples(split) for split in manifest.splits},
+        },
+        "vocabulary": vars(manifest.vocabulary),
+        "backbone": {
+            "name": config.backbone.backbone,
+            "hash": parameters_hash(parts.backbone),
+            "feature_dim": parts.backbone.feature_dim,
+            "grid": parts.backbone.grid,
+        },
+        "parameters": sum(parameter.numel() for parameter in parts.model.parameters()),
+        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+    }
+    path = config.log_path / runfolder.CONFIG
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    temporary.rename(path)
+    return attempt
+
+
+def _shape(config: TrainConfig) -> BatchShape:
+    return BatchShape(config.data.image_size, config.data.max_program_len)
+
+
+def _say_where(run: Path, finished: bool, stop: StopRequest) -> None:
+    if finished:
+        print(f"{run}: done; next: nsi eval {run} --split test, then nsi report {run}")
+    else:
+        print(f"{run}: stopped by {stop.signal or 'another rank'}, saved; the same command goes on from there")

@@ -1,0 +1,102 @@
+"""Validation during training: losses over the whole split and retrieval in it, the same scenes and noise every time.
+
+All ranks take part (ZeRO 3 needs them); each embeds its rows, and rank 0 scores the whole gallery.
+Shapes: S scenes of the split, N slots, T objects, E embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from cluster.collectives import collect, gather_rows, sum_over_ranks
+from cluster.engine import Engine
+from launch.step import StepSettings
+from nsi.backbone import Backbone
+from nsi.batch import Batch
+from nsi.loss import Rows, contrastive_sum
+from nsi.maxsim import maxsim
+from nsi.metrics.retrieval import retrieval, schema_groups
+from nsi.noise import KeyedNoise
+
+VALIDATION_STEP = -1  # keys the slot noise of every validation and evaluation: no training step has this number
+SCENES_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The figures of one validation, and the first scenes with their masks for a picture (rank 0)."""
+
+    figures: dict[str, float]
+    images_BCHW: torch.Tensor
+    alphas_BNP: torch.Tensor
+
+
+def validate(engine: Engine, backbone: Backbone, batches: Iterable[Batch], settings: StepSettings) -> Validation:
+    """Losses and retrieval over a split, given this rank's batches of it."""
+    engine.eval()
+    kept: list[Rows] = []
+    labels: list[tuple[torch.Tensor, torch.Tensor]] = []
+    sums_3 = torch.zeros(3, dtype=torch.float64)  # contrastive, reconstruction, scenes
+    shown: tuple[torch.Tensor, torch.Tensor] | None = None
+    with torch.no_grad():
+        for cpu_batch in batches:
+            batch = cpu_batch.to(_device(backbone, engine))
+            features_BPF = backbone(batch.images_BCHW)
+            noise = KeyedNoise(settings.seed, VALIDATION_STEP, batch.sample_ids_B)
+            output = engine.forward(features_BPF, batch.labels_BT3, batch.positions_BT3, batch.objects_BT, noise)
+            rows = Rows(
+                output.slot_embeddings_BNE.float(),
+                output.primitive_embeddings_BTE.float(),
+                batch.objects_BT,
+                batch.sample_ids_B,
+                batch.rows_B,
+            )
+            contrastive = contrastive_sum(rows, gather_rows, settings.rank, settings.loss.tau, settings.loss.score)
+            error = output.squared_error_B.masked_fill(~batch.rows_B, 0.0).sum()
+            if settings.loss.reconstruction == "mean":
+                error = error / features_BPF.shape[-1]
+            sums_3 += torch.stack([contrastive, error, batch.rows_B.sum()]).double().cpu()
+            kept.append(Rows(*(tensor[batch.rows_B].cpu() for tensor in rows)))
+            labels.append((cpu_batch.labels_BT3[cpu_batch.rows_B], cpu_batch.positions_BT3[cpu_batch.rows_B]))
+            if shown is None:
+                shown = (cpu_batch.images_BCHW[:SCENES_SHOWN], output.alphas_BNP[:SCENES_SHOWN].float().cpu())
+    engine.train()
+    assert shown is not None
+    contrastive_sum_all, reconstruction_sum, scenes = sum_over_ranks(sums_3).tolist()
+    everyone = collect((kept, labels))
+    contrastive, reconstruction = contrastive_sum_all / scenes, reconstruction_sum / scenes
+    figures = {
+        "loss": contrastive + settings.loss.beta * reconstruction,
+        "contrastive": contrastive,
+        "reconstruction": reconstruction,
+    }
+    if settings.rank == 0:
+        figures |= _retrieval(everyone, settings)
+    return Validation(figures, *shown)
+
+
+def _retrieval(everyone: list, settings: StepSettings) -> dict[str, float]:
+    """R@1 and R@5 (mean of both directions, and each), gallery and chance, over all ranks' scenes."""
+    rows = [row for kept, _ in everyone for row in kept]
+    labels_ST3, positions_ST3 = (torch.cat([pair[k] for _, labels in everyone for pair in labels]) for k in (0, 1))
+    slots_SNE, primitives_STE, objects_ST, ids_S, _ = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    order_S = ids_S.argsort()
+    scores_SS = maxsim(slots_SNE[order_S], primitives_STE[order_S], objects_ST[order_S], settings.loss.score)
+    groups_S = schema_groups(labels_ST3[order_S], objects_ST[order_S], positions_ST3[order_S])
+    found = retrieval(scores_SS, groups_S).as_dict()
+    both = (found["schema_to_image"], found["image_to_schema"])
+    return {
+        "R@1": (both[0]["R@1"] + both[1]["R@1"]) / 2,
+        "R@5": (both[0]["R@5"] + both[1]["R@5"]) / 2,
+        "schema_to_image_R@5": both[0]["R@5"],
+        "image_to_schema_R@5": both[1]["R@5"],
+        "gallery": found["gallery"],
+        "chance_R@5": found["chance"]["R@5"],
+    }
+
+
+def _device(backbone: Backbone, engine: Engine) -> torch.device:
+    return next(engine.module.parameters()).device
