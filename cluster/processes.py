@@ -33,7 +33,8 @@ def join(world: World, timeout_s: float = 1800.0) -> None:
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
     if world.size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        memory = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=memory, rank=0, world_size=1, timeout=timeout)
         return
     try:
         dist.init_process_group(backend, init_method="env://", timeout=timeout)

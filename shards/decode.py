@@ -22,16 +22,22 @@ class SceneSchema:
     facts: dict
 
 
-def decode_image(data: bytes, size: int) -> np.ndarray:
-    """RGB pixels (size, size, 3) uint8: the whole frame, squashed to a square, bicubic with antialiasing.
+def decode_image_frame(data: bytes) -> np.ndarray:
+    """RGB pixels (H, W, 3) uint8 of the frame as it is. An alpha channel is dropped: CLEVRTex's is opaque."""
+    return np.asarray(_rgb(data))
 
-    An alpha channel is dropped: CLEVRTex images have one and it is opaque.
-    """
-    with Image.open(io.BytesIO(data)) as picture:
-        rgb = picture.convert("RGB")
+
+def decode_image(data: bytes, size: int) -> np.ndarray:
+    """RGB pixels (size, size, 3) uint8: the whole frame, squashed to a square, bicubic with antialiasing."""
+    rgb = _rgb(data)
     if rgb.size != (size, size):
         rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(rgb)
+
+
+def _rgb(data: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(data)) as picture:
+        return picture.convert("RGB")
 
 
 def decode_mask(data: bytes) -> np.ndarray:

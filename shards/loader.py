@@ -6,7 +6,7 @@ Threads, since decoders and memory copies run without Python's lock, and a threa
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -30,23 +30,18 @@ class BatchShape:
     max_objects: int
 
 
-def check_fits(split: Split, batch_size: int, max_objects: int) -> None:
-    """Raises UserError where a split cannot be trained on with such a batch and so many objects a scene."""
+def check_fits(split: Split, max_objects: int) -> None:
+    """Raises UserError where a split has scenes of more objects than the model takes."""
     if split.manifest.max_objects > max_objects:
         raise UserError(
             f"{split.folder}: has scenes of {split.manifest.max_objects} objects, "
             f"more than --max_program_len {max_objects}; raise it"
         )
-    if batch_size > len(split):
-        raise UserError(
-            f"{split.folder}: --batch_size {batch_size} is larger than the {split.name} split's {len(split)} scenes; "
-            "a scene would be its own negative, so lower it"
-        )
 
 
 def training_batches(
     split: Split, order: Order, shape: BatchShape, rank: int, world: int, start: int, workers: int, ahead: int = 2
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """This rank's rows of the batches of steps `start`, `start + 1`, ... without end."""
     rows = rows_per_rank(order.batch_size, world)
 
@@ -58,7 +53,7 @@ def training_batches(
 
 def whole_split(
     split: Split, shape: BatchShape, batch_size: int, rank: int, world: int, workers: int, ahead: int = 2
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """This rank's rows of one pass over a split, in the order of sample ids, the tail masked.
 
     All ranks get equally many batches of `rows_per_rank(batch_size, world)` rows.
@@ -73,7 +68,9 @@ def whole_split(
     return _prefetched(split, shape, rows, ids_of, 0, steps, workers, ahead)
 
 
-def assemble(split: Split, shape: BatchShape, rows: int, ids: Sequence[int] | np.ndarray, map_=map) -> Batch:
+def assemble(
+    split: Split, shape: BatchShape, rows: int, ids: Sequence[int] | np.ndarray, map_: Callable[..., Iterable] = map
+) -> Batch:
     """The batch of some samples, filled up with empty rows. `map_` decodes the samples (a pool's map, say)."""
     images_BCHW = torch.zeros(rows, 3, shape.image_size, shape.image_size, dtype=torch.uint8)
     labels_BT3 = torch.zeros(rows, shape.max_objects, 3, dtype=torch.int64)
@@ -103,7 +100,7 @@ def assemble(split: Split, shape: BatchShape, rows: int, ids: Sequence[int] | np
 
 def _prefetched(
     split: Split, shape: BatchShape, rows: int, ids_of, start: int, stop: int | None, workers: int, ahead: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Batches in order, of which `ahead` are under way while the caller works on one."""
     # One thread puts a batch together and waits for it; the others decode its samples.
     with ThreadPoolExecutor(max(1, workers)) as decoders, ThreadPoolExecutor(1) as assembler:

@@ -134,8 +134,8 @@ def _write_shard(out: Path, notes: Path, plan: ShardPlan, vocabulary: Vocabulary
     if note.exists():  # written last, so tar and index are whole
         return Shard(**json.loads(note.read_text()))
     temporary = tar.with_name(tar.name + ".tmp")
-    # web dataset imports torch (3 s), and the surveys that fail should fail at once.
-    from webdataset import TarWriter
+    # webdataset imports torch (3 s), and the surveys that fail should fail at once.
+    from webdataset.writer import TarWriter
 
     with temporary.open("wb") as file:
         # Fixed time, owner and mode: the same scenes give the same bytes.
