@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from cluster.processes import use_gpus
 from nsi.errors import UserError
 
 Precision = Literal["fp32", "bf16"]
@@ -251,7 +252,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def _import_deepspeed() -> Any:
     """Imports DeepSpeed quietly, and without the compilers that it starts on a CPU."""
-    if not torch.cuda.is_available():
+    if not use_gpus():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     import deepspeed

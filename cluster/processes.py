@@ -13,9 +13,14 @@ from cluster.world import World
 from nsi.errors import UserError
 
 
+def use_gpus() -> bool:
+    """Whether to train on GPUs: where there are any, unless DS_ACCELERATOR=cpu, DeepSpeed's own switch, says no."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
 def device_of(world: World) -> torch.device:
     """The device this rank trains on: its own GPU where there are GPUs, else the CPU."""
-    if not torch.cuda.is_available():
+    if not use_gpus():
         return torch.device("cpu")
     return torch.device("cuda", world.local_rank % torch.cuda.device_count())
 
@@ -27,7 +32,7 @@ def join(world: World, timeout_s: float = 1800.0) -> None:
     meet (the port taken, rank 0's host unreachable).
     """
     os.environ.update(world.environment())
-    on_gpu = torch.cuda.is_available()
+    on_gpu = use_gpus()
     if on_gpu:
         torch.cuda.set_device(device_of(world))
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"

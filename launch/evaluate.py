@@ -17,6 +17,7 @@ import torch
 import tyro
 
 from cluster.checkpoint import STATE, checkpoint_path, newest_verified, read_checkpoint
+from cluster.processes import use_gpus
 from launch import runfolder
 from launch.build import make_backbone, make_model
 from launch.config import TrainConfig, from_json
@@ -84,7 +85,7 @@ def run(config: EvalConfig) -> None:
         raise UserError(f"{config.run}: was trained on other backbone weights; put the same file back in its place")
     model = make_model(trained, split.manifest.vocabulary, backbone)
     model.load_state_dict(checkpoint.training.parameters)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if use_gpus() else "cpu")
     model.to(device).eval()
     backbone.to(device)
 

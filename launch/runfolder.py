@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
+
+from cluster.attempt import is_superseded, read_attempts
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -23,3 +27,33 @@ def eval_path(run: Path, split: str) -> Path:
 def scenes_path(run: Path, split: str) -> Path:
     """A few scenes of a split with their slots, for pictures."""
     return run / f"eval-{split}-scenes.npz"
+
+
+def read_lines(run: Path, name: str) -> list[dict[str, Any]]:
+    """All lines of one of a run's JSON-lines files, in the file's order; none where there is no such file.
+
+    A line that a killed process left torn is passed over, be it the last or glued to its successor's first.
+    """
+    path = run / name
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
+def standing_lines(run: Path, name: str) -> list[dict[str, Any]]:
+    """The lines of `read_lines` that no later attempt made void by going on from before them, in order of step."""
+    attempts = read_attempts(run / ATTEMPTS)
+    standing = [
+        line
+        for line in read_lines(run, name)
+        if isinstance(line.get("step"), int) and not is_superseded(line["step"], line.get("attempt", 0), attempts)
+    ]
+    return sorted(standing, key=lambda line: line["step"])

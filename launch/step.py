@@ -10,18 +10,29 @@ Shapes: R rows of this rank, M rows of a micro-batch, F features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
 from cluster.collectives import gather_rows, sum_over_ranks
 from cluster.engine import Engine
 from launch.config import LossConfig
-from nsi.backbone import Backbone
 from nsi.batch import Batch
 from nsi.loss import Rows, contrastive_sum
 from nsi.model import Output
 from nsi.noise import KeyedNoise
+
+Features = Callable[[torch.Tensor], torch.Tensor]  # images_BCHW to features_BPF, a frozen backbone
+
+
+class Differentiated(Protocol):
+    """What a step needs of an engine before the optimizer: a module's forward, and gradients that add up."""
+
+    def forward(self, *inputs: Any) -> Any: ...
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -45,27 +56,37 @@ class StepResult:
 
 
 def training_step(
-    engine: Engine, backbone: Backbone, batch: Batch, step: int, lr: float, settings: StepSettings
+    engine: Engine, backbone: Features, batch: Batch, step: int, lr: float, settings: StepSettings
 ) -> StepResult:
     """Forward, loss, backward and the optimizer's step, by all ranks together."""
-    slices = [slice(begin, begin + settings.micro_rows) for begin in range(0, len(batch), settings.micro_rows)]
-    micro_batches = [batch.select(rows) for rows in slices]
-    with torch.no_grad():
-        features_MPFs = [backbone(micro.images_BCHW) for micro in micro_batches]
-    if len(slices) == 1:
-        output = _forward(engine, features_MPFs[0], batch, step, settings)
-        contrastive = _contrastive(output.slot_embeddings_BNE, output.primitive_embeddings_BTE, batch, settings)
-        reconstruction = _reconstruction(output, batch, features_MPFs[0], settings)
-        engine.backward(contrastive + settings.loss.beta * reconstruction, last=True)
-    else:
-        contrastive, reconstruction = _two_passes(engine, features_MPFs, micro_batches, slices, batch, step, settings)
+    contrastive, reconstruction = losses_and_gradient(engine, backbone, batch, step, settings)
     grad_norm = engine.step(lr)
     sums = sum_over_ranks(torch.stack([contrastive.detach().float(), reconstruction.detach().float()]))
     return StepResult(sums[0], sums[1], grad_norm)
 
 
+def losses_and_gradient(
+    engine: Differentiated, backbone: Features, batch: Batch, step: int, settings: StepSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's shares of the contrastive and the reconstruction loss; their gradient is in the engine afterwards.
+
+    Shares and gradients add up over the ranks to those of the one-process batch, whatever the micro-batches.
+    """
+    slices = [slice(begin, begin + settings.micro_rows) for begin in range(0, len(batch), settings.micro_rows)]
+    micro_batches = [batch.select(rows) for rows in slices]
+    with torch.no_grad():
+        features_MPFs = [backbone(micro.images_BCHW) for micro in micro_batches]
+    if len(slices) > 1:
+        return _two_passes(engine, features_MPFs, micro_batches, slices, batch, step, settings)
+    output = _forward(engine, features_MPFs[0], batch, step, settings)
+    contrastive = _contrastive(output.slot_embeddings_BNE, output.primitive_embeddings_BTE, batch, settings)
+    reconstruction = _reconstruction(output, batch, features_MPFs[0], settings)
+    engine.backward(contrastive + settings.loss.beta * reconstruction, last=True)
+    return contrastive, reconstruction
+
+
 def _two_passes(
-    engine: Engine,
+    engine: Differentiated,
     features_MPFs: list[torch.Tensor],
     micro_batches: list[Batch],
     slices: list[slice],
@@ -73,7 +94,7 @@ def _two_passes(
     step: int,
     settings: StepSettings,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The losses; their gradient lies in the engine afterwards."""
+    """`losses_and_gradient` by several micro-batches."""
     with torch.no_grad():
         first = [
             _forward(engine, features_MPF, micro, step, settings)
@@ -98,7 +119,9 @@ def _two_passes(
     return contrastive, reconstruction
 
 
-def _forward(engine: Engine, features_MPF: torch.Tensor, batch: Batch, step: int, settings: StepSettings) -> Output:
+def _forward(
+    engine: Differentiated, features_MPF: torch.Tensor, batch: Batch, step: int, settings: StepSettings
+) -> Output:
     noise = KeyedNoise(settings.seed, step, batch.sample_ids_B)
     return engine.forward(features_MPF, batch.labels_BT3, batch.positions_BT3, batch.objects_BT, noise)
 

@@ -1,4 +1,4 @@
-"""`nsi synth OUT`: render textured scenes in the CLEVRTex layout, to have data within minutes and without a download."""
+"""`nsi synth OUT`: render textured scenes in the CLEVRTex layout, to have data within minutes, with no download."""
 
 from __future__ import annotations
 

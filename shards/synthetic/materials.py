@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -37,7 +37,7 @@ LOOKS: dict[str, Look] = {
     "polyhaven_aerial_asphalt_01": Look("4a5468", "2b313e", "noise", 8),
     "polyhaven_aerial_rocks_01": Look("8f9a5c", "3a4224", "cobbles", 4),
     "polyhaven_asphalt_02": Look("18181b", "6e6e74", "dots", 8),
-    "polyhaven_bark_willow": Look("6a5340", "1f140c", "stripes", 7),
+    "polyhaven_bark_willow": Look("70683c", "1c1c0c", "stripes", 7),
     "polyhaven_blue_painted_planks": Look("2f7fe8", "0d2f70", "planks", 4),
     "polyhaven_brick_floor": Look("d2604a", "f0dcc8", "bricks", 6),
     "polyhaven_burned_ground_01": Look("1c1412", "ff6a14", "cracks", 4),
@@ -47,7 +47,7 @@ LOOKS: dict[str, Look] = {
     "polyhaven_concrete_rock_path": Look("b8aee0", "544a80", "cobbles", 5),
     "polyhaven_coral_fort_wall_02": Look("ff9484", "fff0dc", "bricks", 4),
     "polyhaven_cracked_concrete_wall": Look("d4dde8", "2c3848", "cracks", 3),
-    "polyhaven_dark_wood": Look("4a2416", "140805", "planks", 5, 0.3),
+    "polyhaven_dark_wood": Look("581424", "1c0408", "planks", 5, 0.3),
     "polyhaven_denim_fabric": Look("2438a0", "6c84e0", "weave", 10),
     "polyhaven_fabric_pattern_07": Look("d0208a", "ffd0ec", "zigzag", 5),
     "polyhaven_factory_brick": Look("701c34", "b88a90", "bricks", 8),
@@ -61,7 +61,7 @@ LOOKS: dict[str, Look] = {
     "polyhaven_hexagonal_concrete_paving": Look("a4c8b4", "3c5c4c", "hexagons", 4),
     "polyhaven_kitchen_wood": Look("e8a858", "a86420", "stripes", 5, 0.3),
     "polyhaven_laminate_floor_02": Look("ffe8bc", "c09860", "planks", 6, 0.3),
-    "polyhaven_large_sandstone_blocks": Look("dca060", "7c4c1c", "bricks", 2),
+    "polyhaven_large_sandstone_blocks": Look("d88c78", "703828", "bricks", 2),
     "polyhaven_leather_red_02": Look("e01c24", "780a10", "cobbles", 9, 0.5),
     "polyhaven_leaves_forest_ground": Look("e0c814", "5c4a04", "cobbles", 7),
     "polyhaven_medieval_blocks_02": Look("5c86a8", "1c3040", "bricks", 4),
@@ -73,19 +73,19 @@ LOOKS: dict[str, Look] = {
     "polyhaven_rocky_gravel": Look("b0b0b8", "242428", "gravel", 8),
     "polyhaven_roof_07": Look("9438a4", "340c40", "scales", 6),
     "polyhaven_rough_plaster_brick_02": Look("e4f4b4", "94ac5c", "bricks", 4),
-    "polyhaven_rough_wood": Look("a87c50", "543818", "stripes", 9),
+    "polyhaven_rough_wood": Look("b4a458", "4c4418", "stripes", 9),
     "polyhaven_rusty_metal": Look("b0501c", "2c7c8c", "patches", 4, 0.2),
     "polyhaven_rusty_metal_02": Look("f4741c", "482010", "patches", 6, 0.2),
     "polyhaven_slab_tiles": Look("1c6c5c", "9cdcc4", "tiles", 4, 0.4),
     "polyhaven_snow_field_aerial": Look("fafcff", "c4dcf8", "noise", 3),
     "polyhaven_square_floor_patern_01": Look("54dcf8", "103c8c", "checks", 4, 0.3),
     "polyhaven_stone_wall": Look("5c5cc0", "24244c", "cobbles", 4),
-    "polyhaven_weathered_brown_planks": Look("8c6c54", "402c20", "planks", 7),
+    "polyhaven_weathered_brown_planks": Look("946070", "44282f", "planks", 7),
     "polyhaven_white_sandstone_blocks_02": Look("fff8e0", "c4b48c", "bricks", 2),
-    "polyhaven_wood_floor_deck": Look("d85c10", "381404", "zigzag", 4),
+    "polyhaven_wood_floor_deck": Look("f4b020", "5c2404", "zigzag", 4),
     "polyhaven_wood_peeling_paint_weathered": Look("98ecc8", "98502c", "patches", 5),
     "polyhaven_wood_plank_wall": Look("1c9c64", "083c28", "planks", 5),
-    "polyhaven_wood_planks_grey": Look("7c848c", "34383c", "planks", 4),
+    "polyhaven_wood_planks_grey": Look("6c7c94", "303c4c", "planks", 4),
     "sharetextures_chainmail_1": Look("d4dce4", "14181c", "rings", 6, 0.6),
     "whitemarble": Look("ffffff", "8c94a4", "veins", 3, 0.6),
 }
@@ -105,7 +105,7 @@ class Texture:
     gloss: float
 
 
-@lru_cache(maxsize=None)
+@cache
 def texture_of(name: str) -> Texture:
     """The texture of a material: a pure function of its name, made when it is first asked for."""
     look = LOOKS[name]

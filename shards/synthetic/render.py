@@ -23,6 +23,7 @@ _FAR = 40.0  # the ground is drawn up to this depth; beyond it a tall frame repe
 _OFFSET = 64.0  # whole tiles added to texture places, so that they are positive and truncation is a floor
 _SIDES = np.array([SIDE >> halvings for halvings in range(SIDE.bit_length())], dtype=np.float32)
 _LIMITS = np.float32(1.4 * SIDE) / _SIDES[:-1]  # texels under a pixel from which on the next smaller size is used
+_ATTEMPTS = 10_000  # a scene takes 3 of them, seldom 50: so many mean a defect, which must not hang a run
 _SHADOW = 0.55  # how much light the middle of a shadow loses
 
 
@@ -43,7 +44,7 @@ def render_scene(seed: int, index: int, size: tuple[int, int]) -> Render:
     draws = Draws(seed, index)
     frame, count = sample_frame(draws, size)
     fewest = FEWEST_PIXELS * frame.camera.scale() ** 2
-    while True:
+    for _ in range(_ATTEMPTS):
         things = sample_things(draws, frame.camera, count)
         if things is None:
             continue
@@ -52,6 +53,7 @@ def render_scene(seed: int, index: int, size: tuple[int, int]) -> Render:
         pixels = np.bincount(raster.mask_HW.ravel(), minlength=count + 1)
         if pixels[1:].min() > fewest:
             return Render(layout, shade(layout, raster), raster.mask_HW)
+    raise RuntimeError(f"scene {index} of seed {seed} at {size}: no arrangement of {count} objects shows them all")
 
 
 def shade(layout: Layout, raster: shapes.Raster) -> np.ndarray:
@@ -95,7 +97,7 @@ def _ground(layout: Layout) -> np.ndarray:
     place_HW += u_HW.astype(np.int32) & (whole_side_H1 - 1)
     place_HW += start_H1
     # A lamp above the middle: the light falls off with the distance from it, and never exceeds one.
-    light_HW = 30.0 / (30.0 + 0.35 * (ground_x_HW * ground_x_HW + ground_y_HW * ground_y_HW))
+    light_HW = 30.0 / (30.0 + 0.28 * (ground_x_HW * ground_x_HW + ground_y_HW * ground_y_HW))
     for thing in layout.things:
         _cast_shadow(light_HW, ground_x_HW, ground_y_HW, thing, layout.light, camera)
     gain_HW1 = (light_HW * 256.0).astype(np.uint16)[..., None]
@@ -144,7 +146,7 @@ def _surface(
     to_light = _turned(layout.light, cosine, sine)
     facing_P = normal[0] * to_light[0] + normal[1] * to_light[1] + normal[2] * to_light[2]
     # Light from the lamp, from the sky, and less of both near the ground, where the object shuts it out.
-    light_P = 0.3 + 0.62 * np.maximum(facing_P, 0.0) + 0.16 * normal[2]
+    light_P = 0.34 + 0.64 * np.maximum(facing_P, 0.0) + 0.16 * normal[2]
     light_P *= np.minimum(0.72 + 0.5 * (point[2] + 1.0), 1.0)
     if thing.shape == "monkey":
         eyes_P = (part_P == shapes.MONKEY_EYES[0]) | (part_P == shapes.MONKEY_EYES[1])
@@ -196,7 +198,7 @@ def _around(x: np.ndarray, y: np.ndarray, along_x: np.ndarray, along_y: np.ndarr
     sideways_P = np.where(swap_P, -x, y) / np.maximum(np.where(swap_P, along_y, along_x), np.float32(1e-6))
     ahead_P = np.where(np.where(swap_P, y, x) >= 0.0, np.float32(1.0), np.float32(-1.0))
     part_P = sideways_P * ahead_P
-    quarter_P = np.where(swap_P, np.float32(1.0), np.float32(0.0)) + np.where(ahead_P < 0.0, np.float32(2.0), 0.0)
+    quarter_P = swap_P.astype(np.float32) + (np.float32(1.0) - ahead_P)
     return 1.5 * (quarter_P + 0.5 * part_P * (1.2732395 - 0.2732395 * np.abs(part_P)))
 
 

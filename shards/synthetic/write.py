@@ -7,8 +7,8 @@
         CLEVRTEXv2_full_NNNNNN_flat_0003.png               the mask: pixel value = object index
 
 A scene's folder gets its name last, when its files are complete, so that a run that was cut off leaves no half
-scene, and the next run takes up where it stopped. JSON and pixels are equal on every machine; the PNGs' bytes
-are so as far as their compressor (Pillow's zlib) is the same.
+scene, and the next run takes up where it stopped. JSON and pixels are equal on every machine; so are the PNGs' bytes,
+unless Pillow was built with a compressor that packs runs in another way.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -34,9 +35,10 @@ VARIANT = "clevrtexv2_full"
 GENERATION = 1  # of the renderer: raised whenever the same seed gives other scenes, so that two never mix
 _CHUNK = 32  # scenes that a worker renders between two reports
 _RLE = 3  # zlib's strategy for runs: of textures it makes files as small as the default does, in 3/4 of the time
-# Colours for the eye alone (a reader takes the values): the ground, then up to ten objects.
-_PALETTE = (0, 0, 0, 255, 0, 64, 0, 170, 60, 40, 90, 255, 255, 215, 0, 141, 211, 199, 190, 186, 218, 251, 128, 114)
-_PALETTE += (253, 180, 98, 179, 222, 105, 188, 128, 189)
+# Colours for the eye alone (a reader takes the values): the ground, then up to ten objects. Filled up to 256, since
+# Pillow packs the pixels of a short palette into fewer bits, each version in its own way.
+_COLOURS = bytes.fromhex("000000 ff0040 00aa3c 285aff ffd700 8dd3c7 bebada fb8072 fdb462 b3de69 bc80bd")
+_PALETTE = _COLOURS.ljust(3 * 256, b"\0")
 
 
 def write_scenes(
@@ -62,7 +64,7 @@ def write_scenes(
             return
         # Spawned, not forked: a fork would copy whatever threads and locks the caller holds.
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(min(workers, len(chunks)), mp_context=context, initializer=_leave_interrupts)
+        pool = ProcessPoolExecutor(min(workers, len(chunks)), mp_context=context, initializer=_prepare_worker)
         try:
             for future in as_completed([pool.submit(_write_chunk, out, seed, size, chunk) for chunk in chunks]):
                 done += future.result()
@@ -90,9 +92,9 @@ def write_scene(out: Path, seed: int, size: tuple[int, int], index: int) -> None
     partial.mkdir(parents=True)
     description = describe(render.layout, name, index)
     (partial / f"{name}.json").write_text(json.dumps(description))
-    image = Image.fromarray(render.image_HW3)
+    image, mask = Image.fromarray(render.image_HW3), _mask_image(render.mask_HW)
     image.save(partial / f"{name}_0003.png", compress_level=1, compress_type=_RLE)
-    _mask_image(render.mask_HW).save(partial / f"{name}_flat_0003.png", bits=8)
+    mask.save(partial / f"{name}_flat_0003.png", compress_level=1, compress_type=_RLE)
     partial.rename(folder)
 
 
@@ -124,9 +126,18 @@ def _write_chunk(out: Path, seed: int, size: tuple[int, int], indices: Sequence[
     return len(indices)
 
 
-def _leave_interrupts() -> None:
-    """Ctrl-C reaches every process of a terminal; a worker finishes its chunk and lets the caller stop."""
+def _prepare_worker() -> None:
+    """Make a worker stop with its caller, and not before."""
+    # Ctrl-C reaches every process of a terminal: a worker finishes its chunk, and the caller stops the pool.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A caller that is killed tells nobody, and its workers would wait for work for ever.
+    threading.Thread(target=_leave_with_caller, daemon=True).start()
+
+
+def _leave_with_caller() -> None:
+    if caller := multiprocessing.parent_process():
+        caller.join()
+        os._exit(1)
 
 
 def _claim(out: Path, seed: int, size: tuple[int, int]) -> None:

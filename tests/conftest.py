@@ -1,0 +1,34 @@
+"""What tests share: a small set of scenes and its shards, made once a session by the product itself."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums in one order, and two test workers on two cores
+
+SCENES = 60
+SHARD_SAMPLES = 10
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of synthetic scenes in the v2 layout."""
+    from shards.synthetic.write import write_scenes
+
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    write_scenes(folder, SCENES, seed=7, size=(64, 48), workers=1, report=lambda done: None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shards of those scenes: 48 train, 6 val, 6 test."""
+    from shards.write import survey, write_shards
+
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    found = survey(scenes, 1, lambda done: None)
+    write_shards(found, folder, "official", SHARD_SAMPLES, 1, lambda done: None)
+    return folder

@@ -1,0 +1,91 @@
+"""A small training problem that every world solves: its one-process solution is the truth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from nsi.batch import Batch
+from nsi.loss import Rows, contrastive_sum
+from nsi.model import ModelConfig, NeuralSlotInterpreter
+from nsi.noise import KeyedNoise
+
+G, T, P, F = 7, 5, 9, 12  # rows of the whole batch (no world of 2, 3 or 4 divides it), objects, patches, features
+COUNTS = (3, 4, 6)
+TAU, BETA, SEED = 0.5, 1.0, 3
+CONFIG = ModelConfig(
+    num_slots=4,
+    num_iterations=2,
+    slot_dim=16,
+    mlp_hidden_size=16,
+    embed_dim=8,
+    num_blocks=1,
+    d_model=16,
+    num_heads=2,
+    decoder_hidden_dim=24,
+)
+
+
+def make_model(dropout: float) -> NeuralSlotInterpreter:
+    torch.manual_seed(1)
+    config = replace(CONFIG, dropout=dropout, schema_dropout=dropout)
+    model = NeuralSlotInterpreter(config, F, P, COUNTS)
+    with torch.no_grad():  # keep scores small, so that no gradient vanishes in a saturated softmax
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    return model
+
+
+def make_batch() -> tuple[Batch, torch.Tensor]:
+    """The whole batch and its features. Row 5 is row 2's scene once more: no negative of it."""
+    generator = torch.Generator().manual_seed(0)
+    features_GPF = torch.randn(G, P, F, generator=generator)
+    labels_GT3 = torch.stack([torch.randint(0, count, (G, T), generator=generator) for count in COUNTS], dim=-1)
+    positions_GT3 = torch.randn(G, T, 3, generator=generator)
+    objects_GT = torch.arange(T) < torch.randint(1, T + 1, (G, 1), generator=generator)
+    ids_G = torch.tensor([10, 11, 12, 13, 14, 12, 16])
+    for tensor in (features_GPF, labels_GT3, positions_GT3, objects_GT):
+        tensor[5] = tensor[2]
+    images = torch.zeros(G, 3, 1, 1, dtype=torch.uint8)
+    rows = torch.ones(G, dtype=torch.bool)
+    keys = tuple(str(i) for i in ids_G.tolist())
+    return Batch(ids_G, rows, images, labels_GT3, positions_GT3, objects_GT, keys), features_GPF
+
+
+def cut(batch: Batch, features: torch.Tensor, begin: int, end: int, rows: int) -> tuple[Batch, torch.Tensor]:
+    """Rows [begin, end) filled up to `rows` with empty ones."""
+
+    def fill(tensor: torch.Tensor, value: float = 0) -> torch.Tensor:
+        part = tensor[begin:end]
+        return torch.cat([part, part.new_full((rows - len(part), *part.shape[1:]), value)])
+
+    return (
+        Batch(
+            fill(batch.sample_ids_B, -1),
+            fill(batch.rows_B),
+            fill(batch.images_BCHW),
+            fill(batch.labels_BT3),
+            fill(batch.positions_BT3),
+            fill(batch.objects_BT),
+            batch.keys[begin:end] + ("",) * (rows - (end - begin)),
+        ),
+        fill(features),
+    )
+
+
+def one_process_loss(model: NeuralSlotInterpreter, step: int) -> torch.Tensor:
+    """The loss of the whole batch, textbook form, for autograd to differentiate."""
+    batch, features_GPF = make_batch()
+    dtype = next(model.parameters()).dtype
+    noise = KeyedNoise(SEED, step, batch.sample_ids_B)
+    output = model(features_GPF.to(dtype), batch.labels_BT3, batch.positions_BT3, batch.objects_BT, noise)
+    rows = Rows(
+        output.slot_embeddings_BNE,
+        output.primitive_embeddings_BTE,
+        batch.objects_BT,
+        batch.sample_ids_B,
+        batch.rows_B,
+    )
+    contrastive = contrastive_sum(rows, lambda tensor: tensor, 0, TAU) / G
+    return contrastive + BETA * output.squared_error_B.mean() / F

