@@ -18,6 +18,7 @@ from cluster.events import Event, Sink
 from cluster.world import World
 from nsi.errors import UserError
 
+TARGETS = "prometheus"  # the folder of a run that lists its endpoints
 LABELS = ("run", "rank", "node", "slurm_job_id")
 
 _GAUGES = {
@@ -64,11 +65,17 @@ def serve(world: World, run: Path, port: int) -> Endpoint:
             "choose another, or 0 for any free one"
         ) from None
     listening = server.server_port
-    target = run / "prometheus" / f"rank-{world.rank:05d}.json"
+    target = run / TARGETS / f"rank-{world.rank:05d}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     address = "127.0.0.1" if world.size == 1 else socket.gethostname()
     target.write_text(json.dumps([{"targets": [f"{address}:{listening}"], "labels": {"job": "nsi"}}]))
     return Endpoint(listening, _sink(registry, labels), target)
+
+
+def forget_endpoints(run: Path) -> None:
+    """Takes out what a killed attempt left in the target list, before this attempt's ranks enter themselves."""
+    for target in (run / TARGETS).glob("rank-*.json"):
+        target.unlink(missing_ok=True)
 
 
 def _sink(registry: CollectorRegistry, labels: dict[str, str]) -> Sink:

@@ -68,6 +68,14 @@ class SceneResult:
     objects_T: torch.Tensor
     labels_T3: torch.Tensor
     positions_T3: torch.Tensor
+    decoder: MaskResult
+    attention: MaskResult
+
+
+@dataclass(frozen=True)
+class MaskResult:
+    """One scene's slots against its true mask, the slots drawn by one kind of mask."""
+
     discovery: Discovery
     grounding: Grounding
 
@@ -114,6 +122,8 @@ def run(config: EvalConfig) -> None:
         "slot_seed": trained.optim.seed,
         **figures,
     }
+    # The pictures show the masks that lie better on the objects, and say which they are.
+    content["pictures"] = max(("decoder", "attention"), key=lambda kind: _overlap(content, kind))
     _write(config, content, frames, scores_SS)
     print(_summary(content))
     print(f"written to {runfolder.eval_path(config.run, config.split)}; next: nsi report {config.run}")
@@ -149,18 +159,23 @@ def _scene(split: Split, batch: Batch, output: Output, row: int, grid: tuple[int
     objects = int(batch.objects_BT[row].sum())
     slots_NE = output.slot_embeddings_BNE[row]
     primitives_TE = output.primitive_embeddings_BTE[row]
-    seen = _seen(output.alphas_BNP[row], grid, mask_HW)
-    table_TN = contingency(seen.segments_SS, seen.truth_SS, slots=len(slots_NE), objects=objects)
     similarity_TN = (primitives_TE[:objects] @ slots_NE.T).double().numpy()
-    peak_ids_N = seen.truth_SS.ravel()[seen.peaks_N]
+    sizes_T = batch.labels_BT3[row, :objects, 0].numpy()
+
+    def compare(masks_NP: torch.Tensor) -> MaskResult:
+        seen = _seen(masks_NP, grid, mask_HW)
+        table_TN = contingency(seen.segments_SS, seen.truth_SS, slots=len(slots_NE), objects=objects)
+        peak_ids_N = seen.truth_SS.ravel()[seen.peaks_N]
+        return MaskResult(discovery(table_TN), grounding(similarity_TN, table_TN, peak_ids_N, sizes_T))
+
     return SceneResult(
         slots_NE=slots_NE,
         primitives_TE=primitives_TE,
         objects_T=batch.objects_BT[row],
         labels_T3=batch.labels_BT3[row],
         positions_T3=batch.positions_BT3[row],
-        discovery=discovery(table_TN),
-        grounding=grounding(similarity_TN, table_TN, peak_ids_N, batch.labels_BT3[row, :objects, 0].numpy()),
+        decoder=compare(output.alphas_BNP[row]),
+        attention=compare(output.attention_BNP[row]),
     )
 
 
@@ -173,9 +188,9 @@ class Seen:
     peaks_N: np.ndarray
 
 
-def _seen(alphas_NP: torch.Tensor, grid: tuple[int, int], mask_HW: np.ndarray) -> Seen:
+def _seen(masks_NP: torch.Tensor, grid: tuple[int, int], mask_HW: np.ndarray) -> Seen:
     view, (height, width) = OFFICIAL_VIEW, mask_HW.shape
-    alphas_1NSS = view_alphas(alphas_NP.unflatten(-1, grid)[None], (height, width), view)
+    alphas_1NSS = view_alphas(masks_NP.unflatten(-1, grid)[None], (height, width), view)
     return Seen(segments(alphas_1NSS)[0].numpy(), view_masks(mask_HW, view), peaks(alphas_1NSS)[0].numpy())
 
 
@@ -194,10 +209,19 @@ def _figures(
     )
     figures = {
         "retrieval": retrieval(scores_SS, groups_S).as_dict(),
+        **_mask_figures([result.decoder for result in results], vocabulary),
+        # Slot attention's own masks, from which slots take what they know: the decoder's may lag far behind them.
+        "attention": _mask_figures([result.attention for result in results], vocabulary),
+    }
+    return figures, scores_SS
+
+
+def _mask_figures(results: list[MaskResult], vocabulary: Vocabulary) -> dict[str, Any]:
+    """Discovery and grounding with one kind of mask."""
+    return {
         "discovery": summarise_discovery([result.discovery for result in results]).as_dict(),
         "grounding": summarise_grounding([result.grounding for result in results], vocabulary.sizes),
     }
-    return figures, scores_SS
 
 
 def _frame(
@@ -207,8 +231,12 @@ def _frame(
     sample = int(batch.sample_ids_B[row])
     mask_HW = decode_mask(split.read(sample, "mask"))
     height, width = mask_HW.shape
-    alphas_1NGG = output.alphas_BNP[row].unflatten(-1, grid)[None].float()
-    alphas_1NHW = torch.nn.functional.interpolate(alphas_1NGG, (height, width), mode="bilinear")
+
+    def segments_of(masks_NP: torch.Tensor) -> np.ndarray:
+        masks_1NGG = masks_NP.unflatten(-1, grid)[None].float()
+        masks_1NHW = torch.nn.functional.interpolate(masks_1NGG, (height, width), mode="bilinear")
+        return masks_1NHW.argmax(dim=1)[0].numpy().astype(np.uint8)
+
     chosen_T = (result.primitives_TE @ result.slots_NE.T).argmax(dim=1)
     primitives = []
     for place in range(int(result.objects_T.sum())):
@@ -223,7 +251,8 @@ def _frame(
     return {
         "image": decode_image_frame(split.read(sample, "image")),
         "truth": mask_HW,
-        "segments": alphas_1NHW.argmax(dim=1)[0].numpy().astype(np.uint8),
+        "decoder": segments_of(output.alphas_BNP[row]),
+        "attention": segments_of(output.attention_BNP[row]),
         "scene": {"key": batch.keys[row], "primitives": primitives},
     }
 
@@ -242,7 +271,7 @@ def _write(config: EvalConfig, content: dict[str, Any], frames: list[dict[str, A
             file,
             images_KHW3=np.stack([frame["image"] for frame in frames]),
             truth_KHW=np.stack([frame["truth"] for frame in frames]),
-            segments_KHW=np.stack([frame["segments"] for frame in frames]),
+            segments_KHW=np.stack([frame[content["pictures"]] for frame in frames]),
             scenes=np.array(json.dumps(scenes)),
         )
     temporary.rename(pictures)
@@ -252,9 +281,14 @@ def _write(config: EvalConfig, content: dict[str, Any], frames: list[dict[str, A
     temporary.rename(target)
 
 
+def _overlap(content: dict[str, Any], kind: str) -> float:
+    part = content["attention"] if kind == "attention" else content
+    return part["discovery"]["mBO"] or 0.0
+
+
 def _summary(content: dict[str, Any]) -> str:
     """The figures in a few lines, each beside what it has to be compared with."""
-    found, seen, tied = content["retrieval"], content["discovery"], content["grounding"]
+    found = content["retrieval"]
     lines = [
         f"step {content['step']}, {content['split']} split: {found['gallery']} scenes, all of them the gallery",
         "                     R@1     R@5    R@10   median rank",
@@ -264,13 +298,12 @@ def _summary(content: dict[str, Any]) -> str:
         lines.append(f"  {name:16} {part['R@1']:7.3f} {part['R@5']:7.3f} {part['R@10']:7.3f}   {part['median_rank']:g}")
     chance = found["chance"]
     lines.append(f"  {'chance':16} {chance['R@1']:7.3f} {chance['R@5']:7.3f} {chance['R@10']:7.3f}")
-    lines.append(
-        f"  objects ({content['view']}): FG-ARI {seen['FG-ARI']:.3f}, mBO {seen['mBO']:.3f}, mIoU {seen['mIoU']:.3f}, "
-        f"ARI with background {seen['ARI']:.3f}"
-    )
-    accuracy = {name: tied[name]["slot_accuracy"] for name in ("argmax", "floor", "oracle")}
-    lines.append(
-        f"  grounding: {accuracy['argmax']:.3f} of the objects matched to their best slot "
-        f"(a random slot {accuracy['floor']:.3f}, at most {accuracy['oracle']:.3f})"
-    )
+    for kind, part in (("decoder", content), ("attention", content["attention"])):
+        seen, tied = part["discovery"], part["grounding"]
+        accuracy = {name: tied[name]["slot_accuracy"] for name in ("argmax", "floor", "oracle")}
+        lines.append(
+            f"  {kind + ' masks':16} FG-ARI {seen['FG-ARI']:.3f}, mBO {seen['mBO']:.3f}, mIoU {seen['mIoU']:.3f}; "
+            f"grounding {accuracy['argmax']:.3f} (random {accuracy['floor']:.3f}, at most {accuracy['oracle']:.3f})"
+        )
+    lines.append(f"  masks: {content['view']}; grounding: objects whose best slot by score is their best slot by mask")
     return "\n".join(lines)

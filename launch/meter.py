@@ -47,14 +47,9 @@ class Meter:
         self._steps += 1
 
     def event(self, step: int, lr: float, result: StepResult, config: TrainConfig, order: Order, world: int) -> Event:
-        """The interval as an event, and a fresh interval. Raises UserError where the loss is not finite."""
+        """The interval as an event, and a fresh interval."""
         contrastive, reconstruction = float(result.contrastive), float(result.reconstruction)
         loss = contrastive + config.loss.beta * reconstruction
-        if not math.isfinite(loss):
-            raise UserError(
-                f"step {step}: the loss is {loss}; lower --lr or raise --lr_warmup_steps, then start again, "
-                "the run goes on from its last checkpoint"
-            )
         images = self._steps * config.optim.batch_size
         facts = {
             "epoch": order.epoch(step),
@@ -74,3 +69,12 @@ class Meter:
         began = self._began or time.time()
         self._reset()
         return Event("steps", step, began, time.time(), facts)
+
+
+def check_finite(event: Event) -> None:
+    """Raises UserError where a logged loss is not a number any more."""
+    if not math.isfinite(event.facts["loss"]):
+        raise UserError(
+            f"step {event.step}: the loss is {event.facts['loss']}; choose another --log_path and a lower --lr or more "
+            "--lr_warmup_steps"
+        )

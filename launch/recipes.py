@@ -27,7 +27,7 @@ _DEMO = {
     "backbone": BackboneConfig(backbone="dct"),
     "model": ModelConfig(
         num_slots=11,
-        num_iterations=3,
+        num_iterations=2,
         slot_dim=64,
         mlp_hidden_size=128,
         embed_dim=64,
@@ -36,11 +36,11 @@ _DEMO = {
         num_heads=4,
         dropout=0.0,
         decoder_hidden_dim=128,
-        decoder_depth=2,
+        decoder_depth=1,
     ),
     "loss": LossConfig(tau=0.5, score="mean"),
-    "optim": OptimConfig(batch_size=64, lr=1e-3, lr_warmup_steps=100, max_steps=1500),
-    "watch": WatchConfig(checkpoint_every=200, validate_every=200),
+    "optim": OptimConfig(batch_size=64, lr=3e-3, lr_warmup_steps=50, max_steps=1200),
+    "watch": WatchConfig(checkpoint_every=300, validate_every=300),
 }
 
 

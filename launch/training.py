@@ -21,7 +21,7 @@ from cluster.collectives import any_rank, collect, share
 from cluster.engine import Engine
 from cluster.events import Event, EventLog, Sink
 from cluster.processes import device_of, join, leave
-from cluster.prometheus import serve
+from cluster.prometheus import forget_endpoints, serve
 from cluster.sinks import metrics_sink, tensorboard_sink, validation_sink
 from cluster.stop import StopRequest
 from cluster.world import World, find_world
@@ -29,7 +29,7 @@ from launch import runfolder
 from launch.build import make_backbone, make_model
 from launch.config import TrainConfig, check, to_json
 from launch.display import training_display
-from launch.meter import Meter
+from launch.meter import Meter, check_finite
 from launch.pictures import mask_sheet
 from launch.resume import Progress, checkpoint_facts, find_checkpoint, load_start
 from launch.schedule import Plateau, after_validation, learning_rate
@@ -72,11 +72,11 @@ def train(config: TrainConfig, stop: StopRequest) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))  # ranks share a machine's cores
     join(world)
     parts = together(lambda: prepare(config, speak=world.rank == 0))
+    attempt = share(together(lambda: _begin(config, world, parts)))
+    assert attempt is not None
     endpoint = together(lambda: serve(world, config.log_path, config.watch.prometheus_port))
     with contextlib.ExitStack() as closing:
         closing.callback(endpoint.deregister)
-        attempt = share(together(lambda: _begin(config, world, parts)))
-        assert attempt is not None
         sinks: list[Sink] = [endpoint.sink]
         board = None
         if world.rank == 0:
@@ -163,7 +163,9 @@ class Trainer:
                     result = training_step(self._engine, self._backbone, batch, now.step, lr, self._settings)
                 now.step += 1
                 if now.step % config.watch.log_every == 0 or now.step == total:
-                    self._log.emit(meter.event(now.step, lr, result, config, order, self._world.size))
+                    logged = meter.event(now.step, lr, result, config, order, self._world.size)
+                    self._log.emit(logged)
+                    check_finite(logged)  # after the watchers have been told
                 if now.step % validate_every == 0 or now.step == total:
                     self._validate()
                 if now.step % config.watch.checkpoint_every == 0:
@@ -269,6 +271,7 @@ def _begin(config: TrainConfig, world: World, parts: Parts) -> Attempt | None:
     step = parts.restored.step if parts.restored else 0
     attempt = take_attempt(config.log_path / runfolder.ATTEMPTS, world.size, world.launcher, step)
     (config.log_path / runfolder.STOPPED).unlink(missing_ok=True)
+    forget_endpoints(config.log_path)
     manifest = parts.train.manifest
     content = {
         "config": to_json(config),

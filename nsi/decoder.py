@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from nsi.embedding_head import linear
-
 
 class BroadcastDecoder(nn.Module):
     """An MLP of `depth` hidden layers on slot + learned position, with an alpha logit and F features as output.
@@ -34,11 +32,11 @@ class BroadcastDecoder(nn.Module):
         self.positions = nn.Parameter(torch.randn(num_patches, slot_dim) * position_std)
         # The first layer's weight serves two products, so this module owns it: DeepSpeed's ZeRO 3 has a parameter
         # whole only while the forward of its own module runs.
-        first = linear(slot_dim, hidden_dim, then="relu")
+        first = nn.Linear(slot_dim, hidden_dim)
         self.first_weight, self.first_bias = first.weight, first.bias
-        self.hidden = nn.ModuleList(linear(hidden_dim, hidden_dim, then="relu") for _ in range(depth - 1))
-        self.alpha = linear(hidden_dim, 1)
-        self.features = linear(hidden_dim, feature_dim)
+        self.hidden = nn.ModuleList(nn.Linear(hidden_dim, hidden_dim) for _ in range(depth - 1))
+        self.alpha = nn.Linear(hidden_dim, 1)
+        self.features = nn.Linear(hidden_dim, feature_dim)
 
     def forward(self, slots_BND: Tensor) -> tuple[Tensor, Tensor]:
         """Returns reconstruction_BPF and alphas_BNP, which sum to 1 over the slots of a patch."""

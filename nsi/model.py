@@ -83,6 +83,7 @@ class Output(NamedTuple):
     slot_embeddings_BNE: Tensor
     primitive_embeddings_BTE: Tensor  # without meaning where there is no object
     alphas_BNP: Tensor  # the decoder's masks; they sum to 1 over the slots
+    attention_BNP: Tensor  # slot attention's own masks, of its last iteration; they sum to 1 over the slots
     squared_error_B: Tensor  # of the reconstruction: summed over F, mean over P; float32 at the least
 
 
@@ -127,7 +128,7 @@ class NeuralSlotInterpreter(nn.Module):
         # left it without values.
         features_BPF = features_BPF.to(next(self.parameters()).dtype)
         noise_BND = noise.normal("slots", (self.config.num_slots, self.config.slot_dim))
-        slots_BND, _ = self.slot_attention(features_BPF, noise_BND)
+        slots_BND, attention_BNP = self.slot_attention(features_BPF, noise_BND)
         reconstruction_BPF, alphas_BNP = self.decoder(slots_BND)
         primitive_embeddings_BTE, _ = self.schema_encoder(labels_BT3, positions_BT3, objects_BT, noise)
         return Output(
@@ -135,6 +136,7 @@ class NeuralSlotInterpreter(nn.Module):
             slot_embeddings_BNE=self.slot_head(slots_BND, noise),
             primitive_embeddings_BTE=primitive_embeddings_BTE,
             alphas_BNP=alphas_BNP,
+            attention_BNP=attention_BNP,
             squared_error_B=squared_error(reconstruction_BPF, features_BPF),
         )
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nsi.embedding_head import EXPANSION, EmbeddingHead, linear, mlp
+from nsi.embedding_head import EmbeddingHead
+from nsi.layers import EXPANSION, mlp, xavier_linear, xavier_mlp
 from nsi.noise import KeyedNoise
 from nsi.schema import POSITION_RANGE
 
@@ -38,7 +39,7 @@ class SchemaEncoder(nn.Module):
         super().__init__()
         self.attend_padding, self.position_dims = attend_padding, position_dims
         self.tables = nn.ModuleList(nn.Embedding(count, d_model) for count in vocabulary_counts)
-        self.position = linear(position_dims, d_model, then="relu")
+        self.position = nn.Linear(position_dims, d_model)
         self.fuse = mlp((len(vocabulary_counts) + 1) * d_model, d_model, d_model)
         self.blocks = nn.ModuleList(
             Block(d_model, num_heads, dropout, stream=f"schema_block_{index}", norm_residual=index == 0)
@@ -80,12 +81,12 @@ class Block(nn.Module):
             raise ValueError(f"a model width of {d_model} doesn't split into {num_heads} heads")
         self.num_heads, self.dropout, self.stream, self.norm_residual = num_heads, dropout, stream, norm_residual
         self.norm_attention = nn.LayerNorm(d_model)
-        self.project_q = linear(d_model, d_model, bias=False)
-        self.project_k = linear(d_model, d_model, bias=False)
-        self.project_v = linear(d_model, d_model, bias=False)
-        self.project_out = linear(d_model, d_model, bias=False)
+        self.project_q = xavier_linear(d_model, d_model, bias=False)
+        self.project_k = xavier_linear(d_model, d_model, bias=False)
+        self.project_v = xavier_linear(d_model, d_model, bias=False)
+        self.project_out = xavier_linear(d_model, d_model, bias=False)
         self.norm_mlp = nn.LayerNorm(d_model)
-        self.mlp = mlp(d_model, EXPANSION * d_model, d_model)
+        self.mlp = xavier_mlp(d_model, EXPANSION * d_model, d_model)
 
     def forward(self, x_BTD: Tensor, seen_BT: Tensor, noise: KeyedNoise) -> Tensor:
         """x_BTD -> x_BTD; no primitive attends to one whose seen_BT is False."""

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from nsi.embedding_head import linear, mlp
+from nsi.layers import xavier_linear, xavier_mlp
 
 EPSILON = 1e-8  # keeps a slot that no patch wants from dividing by zero
 
@@ -30,7 +30,7 @@ class SlotAttention(nn.Module):
         self.num_iterations, self.num_heads = num_iterations, num_heads
 
         self.input_norm = nn.LayerNorm(feature_dim)
-        self.input_mlp = mlp(feature_dim, feature_dim, feature_dim)
+        self.input_mlp = xavier_mlp(feature_dim, feature_dim, feature_dim)
 
         # All slots share one Gaussian, so they are exchangeable and their number is free. std is 1 / sqrt(D) for mu
         # (Xavier's for a D x D matrix), and near 1 for the noise.
@@ -41,11 +41,11 @@ class SlotAttention(nn.Module):
         self.norm_inputs = nn.LayerNorm(feature_dim)
         self.norm_slots = nn.LayerNorm(slot_dim)
         self.norm_mlp = nn.LayerNorm(slot_dim)
-        self.project_q = linear(slot_dim, slot_dim, bias=False)
-        self.project_k = linear(feature_dim, slot_dim, bias=False)
-        self.project_v = linear(feature_dim, slot_dim, bias=False)
+        self.project_q = xavier_linear(slot_dim, slot_dim, bias=False)
+        self.project_k = xavier_linear(feature_dim, slot_dim, bias=False)
+        self.project_v = xavier_linear(feature_dim, slot_dim, bias=False)
         self.gru = _gru_cell(slot_dim)
-        self.mlp = mlp(slot_dim, mlp_hidden_size, slot_dim)
+        self.mlp = xavier_mlp(slot_dim, mlp_hidden_size, slot_dim)
 
     def forward(self, features_BPF: Tensor, noise_BND: Tensor) -> tuple[Tensor, Tensor]:
         """Standard normal noise decides how many slots there are and where each of them starts.

@@ -65,7 +65,8 @@ def test_restarts_change_the_port() -> None:
 
 @pytest.mark.parametrize(
     ("nodelist", "host"),
-    [("node1", "node1"), ("node[3-5]", "node3"), ("gpu[08-10,12],login", "gpu08"), ("a1,b2", "a1"), ("n[1]-ib", "n1-ib")],
+    [("node1", "node1"), ("node[3-5]", "node3"),
+     ("gpu[08-10,12],login", "gpu08"), ("a1,b2", "a1"), ("n[1]-ib", "n1-ib")],
 )  # fmt: skip
 def test_first_host(nodelist: str, host: str) -> None:
     assert first_host(nodelist) == host

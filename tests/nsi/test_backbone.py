@@ -33,11 +33,12 @@ def test_patch_statistics_are_dct_coefficients():
                     for j in range(8):
                         wave = math.cos(math.pi * u * (i + 0.5) / 8) * math.cos(math.pi * v * (j + 0.5) / 8)
                         total += wave * (2 if u and v else 2**0.5 if u or v else 1) * float(patch[channel, i, j])
-                expected = 4 * (1 + u + v) * (total / 64 - (0.5 if u == v == 0 else 0))
+                gain = 2 * (1 + u + v) if u or v else 12
+                expected = gain * (total / 64 - (0.5 if u == v == 0 else 0))
                 assert features_BPF[1, 5, channel * 9 + u * 3 + v] == pytest.approx(expected, abs=1e-5)
     y, x = 1.5 / 3, 2.5 / 3
     angles = [[math.pi * 2**k * centre for k in (-1, 0, 1, 2)] for centre in (y, x)]
-    position = [f(angle) for row in angles for f in (math.sin, math.cos) for angle in row]
+    position = [0.7 * f(angle) for row in angles for f in (math.sin, math.cos) for angle in row]
     assert features_BPF[1, 5, 27:].tolist() == pytest.approx(position, abs=1e-6)
 
 
