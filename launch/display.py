@@ -37,13 +37,15 @@ def describe(event: Event) -> str:
 
 
 def _lines(total: int, start: int) -> Sink:
-    began, last = time.monotonic(), -PLAIN_EVERY_S
+    began, last = 0.0, -PLAIN_EVERY_S
 
     def show(event: Event) -> None:
-        nonlocal last
+        nonlocal began, last
+        now = time.monotonic()
+        if event.kind == "start":
+            began = now
         if event.kind not in ("steps", "validation"):
             return
-        now = time.monotonic()
         # Validations, the first and the last line are always shown.
         if event.kind == "steps" and event.step < total and now - last < PLAIN_EVERY_S:
             return

@@ -18,7 +18,7 @@ import torch
 from cluster.attempt import Attempt, take_attempt
 from cluster.checkpoint import Checkpoint, CheckpointWriter
 from cluster.collectives import any_rank, collect, share
-from cluster.engine import Engine
+from cluster.engine import Engine, read_deepspeed_config
 from cluster.events import Event, EventLog, Sink
 from cluster.processes import device_of, join, leave
 from cluster.prometheus import forget_endpoints, serve
@@ -223,6 +223,7 @@ def prepare(config: TrainConfig, speak: bool) -> Parts:
 
     Raises UserError for anything that does not fit together.
     """
+    read_deepspeed_config(config.engine.deepspeed_config or DEEPSPEED_CONFIG)  # the engine reads it again, too late
     train_split, val_split = open_split(config.data_path, "train"), open_split(config.data_path, "val")
     for split in (train_split, val_split):
         check_fits(split, config.data.max_program_len)

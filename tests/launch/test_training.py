@@ -12,16 +12,50 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.gloo.worlds import free_port
 
 from cluster.checkpoint import COMPLETE, MODEL, newest_verified, read_checkpoint
 from launch.runfolder import read_lines, standing_lines
+from tests.gloo.worlds import free_port
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-SMALL = """--recipe demo --image_size 32 --batch_size 12 --num_slots 4 --num_iterations 2 --slot_dim 16
- --mlp_hidden_size 16 --embed_dim 8 --d_model 16 --decoder_hidden_dim 16 --lr_warmup_steps 2 --log_every 1
- --max_steps 6 --validate_every 3 --checkpoint_every 2""".split()
+SMALL = [
+    *("--recipe", "demo", "--image_size", "32", "--batch_size", "12", "--num_slots", "4", "--num_iterations", "2"),
+    *("--slot_dim", "16", "--mlp_hidden_size", "16", "--embed_dim", "8", "--d_model", "16", "--decoder_hidden_dim", "16"),
+    *("--lr_warmup_steps", "2", "--log_every", "1", "--max_steps", "6", "--validate_every", "3"),
+    *("--checkpoint_every", "2"),
+]
+    "--recipe",
+    "demo",
+    "--image_size",
+    "32",
+    "--batch_size",
+    "12",
+    "--num_slots",
+    "4",
+    "--num_iterations",
+    "2",
+    "--slot_dim",
+    "16",
+    "--mlp_hidden_size",
+    "16",
+    "--embed_dim",
+    "8",
+    "--d_model",
+    "16",
+    "--decoder_hidden_dim",
+    "16",
+    "--lr_warmup_steps",
+    "2",
+    "--log_every",
+    "1",
+    "--max_steps",
+    "6",
+    "--validate_every",
+    "3",
+    "--checkpoint_every",
+    "2",
+]
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -54,6 +54,7 @@ def test_shapes_and_masks():
         "slot_embeddings_BNE": (B, 4, 5),
         "primitive_embeddings_BTE": (B, T, 5),
         "alphas_BNP": (B, 4, P),
+        "attention_BNP": (B, 4, P),
         "squared_error_B": (B,),
     }
     torch.testing.assert_close(output.alphas_BNP.sum(dim=1), torch.ones(B, P))
