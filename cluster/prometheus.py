@@ -33,11 +33,17 @@ _GAUGES = {
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A running endpoint: where it listens and the sink that feeds it."""
+    """A running endpoint: where it listens, the sink that feeds it, and the file that tells Prometheus of it."""
 
+    address: str
     port: int
     sink: Sink
     target: Path
+
+    def register(self) -> None:
+        """Enters the endpoint into Prometheus' target list."""
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.target.write_text(json.dumps([{"targets": [f"{self.address}:{self.port}"], "labels": {"job": "nsi"}}]))
 
     def deregister(self) -> None:
         """Takes the endpoint out of Prometheus' target list; do so before the process ends, or alerts fire."""
@@ -45,7 +51,7 @@ class Endpoint:
 
 
 def serve(world: World, run: Path, port: int) -> Endpoint:
-    """Starts this rank's endpoint on `port` + local rank, or on any free port where `port` is 0.
+    """Starts this rank's endpoint on `port` + local rank, or on any free port where `port` is 0; writes nothing yet.
 
     Raises UserError where the port is taken.
     """
@@ -64,12 +70,9 @@ def serve(world: World, run: Path, port: int) -> Endpoint:
             f"--prometheus_port {port}: port {wanted} cannot be used by rank {world.rank} ({error.strerror}); "
             "choose another, or 0 for any free one"
         ) from None
-    listening = server.server_port
-    target = run / TARGETS / f"rank-{world.rank:05d}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
     address = "127.0.0.1" if world.size == 1 else socket.gethostname()
-    target.write_text(json.dumps([{"targets": [f"{address}:{listening}"], "labels": {"job": "nsi"}}]))
-    return Endpoint(listening, _sink(registry, labels), target)
+    target = run / TARGETS / f"rank-{world.rank:05d}.json"
+    return Endpoint(address, server.server_port, _sink(registry, labels), target)
 
 
 def forget_endpoints(run: Path) -> None:

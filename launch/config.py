@@ -42,8 +42,7 @@ class BackboneConfig:
     backbone: str = "vit_base_patch8_224.dino"
     """Any timm ViT by name, or "dct": fixed statistics of each patch, which need no weights."""
     backbone_weights: Path | None = None
-    """A file with the ViT's weights (.safetensors, or a state dict saved by torch). Without it they come from the
-    hub, which compute nodes often cannot reach."""
+    """The weights of the ViT (.safetensors, or a state dict saved by torch); without it they come from the hub."""
     patch_size: int = 8
     """Patch size of the backbone "dct"; a ViT has its own."""
 

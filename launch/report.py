@@ -23,6 +23,8 @@ from nsi.metrics.grounding import IOU_THRESHOLD
 
 FIRST_SPLIT = "test"
 TEMPLATE = "report.html.j2"
+LABEL_WIDTH = 400  # a frame of so many pixels has slot numbers at their natural size
+WIDE_SHARE = 0.4  # a slot over so much of the frame is drawn faintly, or its colour would hide the objects
 UNKNOWN = "–"
 
 
@@ -240,6 +242,7 @@ def _scene(
             "colour": slot_colour(shape.slot),
             "ink": text_colour(slot_colour(shape.slot)),
             "taken": shape.slot in taken,
+            "wide": shape.share > WIDE_SHARE,
             "named": shape.slot in taken or shape.share >= SMALLEST_SHARE,
         }
         for shape in slot_shapes(segments_HW)
@@ -253,6 +256,7 @@ def _scene(
         "truth": "".join(outline(truth_HW == each) for each in np.unique(truth_HW[truth_HW > 0])),
         "height": image_HW3.shape[0],
         "width": image_HW3.shape[1],
+        "scale": round(image_HW3.shape[1] / LABEL_WIDTH, 3),
         "right": sum(primitive["best"] for primitive in visible),
         "covered": sum(primitive["best"] and primitive["overlap"] >= IOU_THRESHOLD for primitive in visible),
         "visible": len(visible),

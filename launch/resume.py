@@ -11,7 +11,6 @@ from cluster.checkpoint import Checkpoint, newest_verified, read_checkpoint
 from launch import runfolder
 from launch.config import TrainConfig, from_json, science, to_json
 from launch.schedule import Plateau
-from nsi.backbone import Backbone, parameters_hash
 from nsi.errors import UserError
 from nsi.model import NeuralSlotInterpreter
 from shards.dataset import Split
@@ -27,7 +26,7 @@ class Progress:
     best: dict[str, float]  # {"step", "R@5"} of the best validation, empty before the first
 
 
-def find_checkpoint(config: TrainConfig, train: Split, backbone: Backbone, speak: bool) -> Checkpoint | None:
+def find_checkpoint(config: TrainConfig, train: Split, backbone_hash: str, speak: bool) -> Checkpoint | None:
     """The run's newest verified checkpoint, if it belongs to this configuration and data."""
     folder = config.log_path
     if folder.exists() and not folder.is_dir():
@@ -50,7 +49,7 @@ def find_checkpoint(config: TrainConfig, train: Split, backbone: Backbone, speak
     ]
     if changed:
         raise UserError(f"{folder}: {'; '.join(changed)}: a run keeps these; choose another --log_path or change back")
-    if restored.facts["backbone_hash"] != parameters_hash(backbone):
+    if restored.facts["backbone_hash"] != backbone_hash:
         raise UserError(f"{folder}: was trained on a backbone with other weights; give the same --backbone_weights")
     return restored
 
@@ -68,7 +67,7 @@ def load_start(model: NeuralSlotInterpreter, path: Path, train: Split) -> None:
         ) from None
 
 
-def checkpoint_facts(config: TrainConfig, manifest: Manifest, backbone: Backbone, now: Progress) -> dict[str, Any]:
+def checkpoint_facts(config: TrainConfig, manifest: Manifest, backbone_hash: str, now: Progress) -> dict[str, Any]:
     """What a checkpoint says besides the training state."""
     return {
         "seed": config.optim.seed,
@@ -76,7 +75,7 @@ def checkpoint_facts(config: TrainConfig, manifest: Manifest, backbone: Backbone
         "fingerprint": manifest.fingerprint,
         "vocabulary": {name: list(names) for name, names in vars(manifest.vocabulary).items()},
         "vocabulary_fingerprint": manifest.vocabulary.fingerprint(),
-        "backbone_hash": parameters_hash(backbone),
+        "backbone_hash": backbone_hash,
         "plateau": vars(now.plateau),
         "best": now.best,
         "config": to_json(config),

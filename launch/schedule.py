@@ -13,7 +13,7 @@ class Plateau:
     """How validation went so far: what `--schedule plateau` has to remember, and checkpoints keep."""
 
     factor: float = 1.0
-    best_loss: float = math.inf
+    best_loss: float | None = None
     stale: int = 0
 
 
@@ -31,7 +31,7 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int, plateau: Pla
 
 def after_validation(plateau: Plateau, config: OptimConfig, step: int, loss: float) -> Plateau:
     """Halves the rate after `patience` validations without a better loss. The warm-up does not count."""
-    if loss < plateau.best_loss:
+    if plateau.best_loss is None or loss < plateau.best_loss:
         return replace(plateau, best_loss=loss, stale=0)
     if step < config.lr_warmup_steps:
         return plateau

@@ -5,6 +5,7 @@ This file starts under every launcher: `python`, `deepspeed`, `torchrun`, `accel
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,7 +38,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     required = {"data_path", "log_path"}
     given = {argument.partition("=")[0].lstrip("-").replace("-", "_") for argument in arguments}
     default = base if required <= given else replace(base, data_path=tyro.MISSING, log_path=tyro.MISSING)
-    text = f"{TrainConfig.__doc__}\n\n{describe(base.recipe)}"
+    text = f"{inspect.cleandoc(TrainConfig.__doc__ or '')}\n\n{describe(base.recipe)}"
     return tyro.cli(
         TrainConfig, args=arguments, default=default, prog="nsi train", description=text, use_underscores=True
     )

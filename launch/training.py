@@ -55,6 +55,7 @@ class Parts:
     val: Split
     order: Order
     backbone: Backbone
+    backbone_hash: str
     model: NeuralSlotInterpreter
     restored: Checkpoint | None
 
@@ -72,10 +73,11 @@ def train(config: TrainConfig, stop: StopRequest) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))  # ranks share a machine's cores
     join(world)
     parts = together(lambda: prepare(config, speak=world.rank == 0))
-    attempt = share(together(lambda: _begin(config, world, parts)))
-    assert attempt is not None
     endpoint = together(lambda: serve(world, config.log_path, config.watch.prometheus_port))
+    attempt = share(together(lambda: _begin(config, world, parts)))  # the first thing that writes to RUN
+    assert attempt is not None
     with contextlib.ExitStack() as closing:
+        endpoint.register()
         closing.callback(endpoint.deregister)
         sinks: list[Sink] = [endpoint.sink]
         board = None
@@ -211,7 +213,7 @@ class Trainer:
         t0 = time.time()
         state = self._engine.state()
         if self._world.rank == 0:
-            facts = checkpoint_facts(self._config, self._parts.train.manifest, self._backbone, now)
+            facts = checkpoint_facts(self._config, self._parts.train.manifest, self._parts.backbone_hash, now)
             keep = frozenset({int(now.best["step"])} if now.best else ())
             self._saver.submit(Checkpoint(now.step, self._attempt.number, state, facts), keep)
         self._saved_step = now.step
@@ -233,14 +235,15 @@ def prepare(config: TrainConfig, speak: bool) -> Parts:
             f"{len(train_split)} scenes; lower it"
         )
     backbone = make_backbone(config.backbone, config.data.image_size)
-    restored = find_checkpoint(config, train_split, backbone, speak)
+    backbone_hash = parameters_hash(backbone)
+    restored = find_checkpoint(config, train_split, backbone_hash, speak)
     model = make_model(config, train_split.manifest.vocabulary, backbone)
     if restored:
         model.load_state_dict(restored.training.parameters)
     elif config.checkpoint_path:
         load_start(model, config.checkpoint_path, train_split)
     order = Order(train_split.shard_samples, config.optim.seed, config.optim.batch_size)
-    return Parts(train_split, val_split, order, backbone, model, restored)
+    return Parts(train_split, val_split, order, backbone, backbone_hash, model, restored)
 
 
 def total_steps(config: TrainConfig, order: Order) -> int:
@@ -287,7 +290,7 @@ def _begin(config: TrainConfig, world: World, parts: Parts) -> Attempt | None:
         "vocabulary": vars(manifest.vocabulary),
         "backbone": {
             "name": config.backbone.backbone,
-            "hash": parameters_hash(parts.backbone),
+            "hash": parts.backbone_hash,
             "feature_dim": parts.backbone.feature_dim,
             "grid": parts.backbone.grid,
         },

@@ -24,7 +24,7 @@ from nsi.slot_attention import SlotAttention
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and switches of the model. UserError where they do not fit together."""
+    """Sizes and switches of the model; ones that do not fit together raise a UserError."""
 
     num_slots: int = 15
     """Slots an image."""

@@ -120,6 +120,8 @@ def test_prometheus_tells_what_happened(tmp_path: Path) -> None:
     assert found["nsi_contrastive_loss_nats"] == 3.0
     assert found["nsi_validation_recall_at_5_ratio"] == 0.25
     assert found["nsi_checkpoint_seconds_total"] == 2.5
+    assert not endpoint.target.exists()
+    endpoint.register()
     (targets,) = json.loads(endpoint.target.read_text())
     assert targets["targets"] == [f"127.0.0.1:{endpoint.port}"]
     endpoint.deregister()

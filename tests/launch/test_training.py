@@ -287,6 +287,7 @@ def test_a_taken_port(shards: Path, tmp_path: Path) -> None:
         assert f"--prometheus_port {port}: port {port} cannot be used" in one_line(
             train(shards, tmp_path / "run", "--prometheus_port", port)
         )
+    assert not (tmp_path / "run").exists()
 
 
 def test_trained_vit_from_a_local_file(shards: Path, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     endpoint.sink(Event("steps", 10, 0.0, 5.0, STEPS))
     endpoint.sink(Event("validation", 10, 5.0, 6.0, {"R@5": 0.75}))
     endpoint.sink(Event("checkpoint", 10, 6.0, 8.0))
+    endpoint.register()
     [group] = json.loads(endpoint.target.read_text())
     with urllib.request.urlopen(f"http://{group['targets'][0]}/metrics") as answer:
         families = list(text_string_to_metric_families(answer.read().decode()))
