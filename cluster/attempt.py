@@ -52,6 +52,11 @@ def read_attempts(folder: Path) -> list[Attempt]:
     return attempts
 
 
+def is_replaced(folder: Path, attempt: Attempt) -> bool:
+    """Whether a newer attempt has begun: the older one must not write any more."""
+    return any(each.number > attempt.number for each in read_attempts(folder))
+
+
 def is_superseded(step: int, number: int, attempts: list[Attempt]) -> bool:
     """Whether a later attempt went on from before this step, so that what attempt `number` said of it is void."""
     return any(later.number > number and later.restored_step < step for later in attempts)

@@ -105,6 +105,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def verify_checkpoint(path: Path) -> None:
     """Raises UserError unless the checkpoint has its success mark and exactly the bytes that were marked."""
+    if not path.is_dir():
+        there = ", ".join(sorted(each.name for each in path.parent.glob("step-*"))) or "none"
+        raise UserError(f"{path}: no such checkpoint; there are: {there}")
     try:
         marks = json.loads((path / COMPLETE).read_text())
         torn = [name for name, sha256 in marks.items() if _sha256(path / name) != sha256]
@@ -139,15 +142,25 @@ def prune(folder: Path, keep_last: int, keep_also: frozenset[int]) -> None:
 class CheckpointWriter:
     """Writes checkpoints in the background, one at a time, so that steps go on meanwhile."""
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
+    def __init__(self, folder: Path, keep_last: int, is_replaced: Callable[[], bool] = lambda: False) -> None:
+        """`is_replaced` says whether another attempt has taken over: then nothing is written any more."""
         self._folder = folder
         self._keep_last = keep_last
+        self._is_replaced = is_replaced
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
 
     def submit(self, checkpoint: Checkpoint, keep_also: frozenset[int]) -> None:
-        """Begins to write; waits first for the one before. Raises UserError where that one failed."""
+        """Begins to write; waits first for the one before.
+
+        Raises UserError where that one failed, or where another attempt has taken over.
+        """
         self.wait()
+        if self._is_replaced():
+            raise UserError(
+                f"{self._folder.parent}: a newer attempt trains this run; this one ends without writing "
+                "(to run both, give each a --log_path of its own)"
+            )
         self._thread = threading.Thread(target=self._write, args=(checkpoint, keep_also), name="checkpoint")
         self._thread.start()
 

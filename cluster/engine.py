@@ -219,6 +219,8 @@ def read_deepspeed_config(path: Path) -> dict:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give --deepspeed_config a JSON file") from None
     except ValueError as error:
         raise UserError(f"{path}: not a JSON file ({error})") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: holds no JSON object; launch/deepspeed.json shows what it looks like")
     for key, flag in _FLAG_KEYS.items():
         if key in settings:
             raise UserError(f"{path}: sets {key}, which belongs to {flag}; remove it from the file")

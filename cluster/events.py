@@ -7,6 +7,7 @@ RUN/events/ and hands it to its sinks.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +31,13 @@ class Event:
 Sink = Callable[[Event], None]
 
 
+def without_nan(content: Any) -> Any:
+    """The same with None for numbers that JSON does not have."""
+    if isinstance(content, dict):
+        return {key: without_nan(value) for key, value in content.items()}
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 class EventLog:
     """The events of one rank in one attempt."""
 
@@ -40,7 +48,7 @@ class EventLog:
 
     def emit(self, event: Event) -> None:
         """Writes an event and tells the sinks."""
-        self._file.write(json.dumps(asdict(event)) + "\n")
+        self._file.write(json.dumps(without_nan(asdict(event))) + "\n")
         for sink in self._sinks:
             sink(event)
 

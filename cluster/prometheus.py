@@ -43,7 +43,10 @@ class Endpoint:
     def register(self) -> None:
         """Enters the endpoint into Prometheus' target list."""
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        self.target.write_text(json.dumps([{"targets": [f"{self.address}:{self.port}"], "labels": {"job": "nsi"}}]))
+        entry = [{"targets": [f"{self.address}:{self.port}"], "labels": {"job": "nsi"}}]
+        temporary = self.target.with_suffix(".tmp")
+        temporary.write_text(json.dumps(entry))
+        temporary.rename(self.target)
 
     def deregister(self) -> None:
         """Takes the endpoint out of Prometheus' target list; do so before the process ends, or alerts fire."""
@@ -70,7 +73,9 @@ def serve(world: World, run: Path, port: int) -> Endpoint:
             f"--prometheus_port {port}: port {wanted} cannot be used by rank {world.rank} ({error.strerror}); "
             "choose another, or 0 for any free one"
         ) from None
-    address = "127.0.0.1" if world.size == 1 else socket.gethostname()
+    # A laptop's own name often leads nowhere; on a cluster the server is another machine.
+    alone = world.size == 1 and not labels["slurm_job_id"]
+    address = "127.0.0.1" if alone else socket.gethostname()
     target = run / TARGETS / f"rank-{world.rank:05d}.json"
     return Endpoint(address, server.server_port, _sink(registry, labels), target)
 
@@ -95,7 +100,7 @@ def _sink(registry: CollectorRegistry, labels: dict[str, str]) -> Sink:
     wait_seconds = counter("nsi_data_wait_seconds", "Seconds spent waiting for data")
     saves = counter("nsi_checkpoints", "Checkpoints written")
     save_seconds = counter("nsi_checkpoint_seconds", "Seconds that steps stood still for checkpoints")
-    step_now = gauge("nsi_step_count", "Steps done since the run began, over all attempts")
+    step_now = gauge("nsi_progress_steps", "Steps done since the run began, over all attempts")
     recall = gauge("nsi_validation_recall_at_5_ratio", "Validation retrieval R@5, mean of both directions")
 
     def feed(event: Event) -> None:

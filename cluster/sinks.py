@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from cluster.events import Event, Sink
+from cluster.events import Event, Sink, without_nan
 
 METRIC_KEYS = (
     "epoch",
@@ -27,7 +27,7 @@ def metrics_sink(path: Path, attempt: int) -> Sink:
     def write(event: Event) -> None:
         if event.kind == "steps":
             line = {"step": event.step, **{key: event.facts[key] for key in METRIC_KEYS}, "attempt": attempt}
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(without_nan(line)) + "\n")
 
     return write
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from nsi.errors import UserError
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# What starters that we do not speak with say of a world of several.
+_OTHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 _FIRST_PORT, _PORTS = 20_000, 10_000  # below Linux's ephemeral range, which begins at 32768
 
 
@@ -50,6 +52,12 @@ def find_world(env: Mapping[str, str]) -> World:
         return _from_launcher(env)
     if "SLURM_STEP_NUM_TASKS" in env:
         return _from_slurm(env)
+    for name in _OTHERS:
+        if env.get(name, "1") != "1":
+            raise UserError(
+                f"environment: {name}={env[name]}, but RANK and WORLD_SIZE are not set; "
+                "start with deepspeed, torchrun, accelerate launch or srun, or unset it for one process"
+            )
     return World(0, 1, 0, 1, "127.0.0.1", 0, "none")
 
 
@@ -61,7 +69,9 @@ def _from_launcher(env: Mapping[str, str]) -> World:
             "start with deepspeed, torchrun, accelerate launch or srun, or unset them all for one process"
         )
     size, local_rank = _number(env, "WORLD_SIZE"), _number(env, "LOCAL_RANK")
-    local_size = _number(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else min(size, local_rank + 1)
+    # torchrun and accelerate say LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
+    local = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in env), None)
+    local_size = _number(env, local) if local else size
     name = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "launcher"
     return _checked(
         World(

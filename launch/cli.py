@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from nsi.errors import UserError
+from nsi.errors import UsageError, UserError
 
 VERBS = {
     "synth": ("launch.synth", "SynthConfig", "render textured scenes in the CLEVRTex layout"),
@@ -68,13 +68,21 @@ def run(arguments: list[str]) -> int:
         if debug:
             raise
         print(f"nsi {verb}: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     except Exception as error:
         if debug:
             raise
-        print(f"nsi {verb}: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        print(f"nsi {verb}: {_in_one_line(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _in_one_line(error: Exception) -> str:
+    """An unforeseen failure; a lost connection to another rank is only the echo of that rank's own failure."""
+    text = str(error)
+    if type(error).__name__ == "DistBackendError" or "gloo/transport" in text:
+        return "another rank ended; its own line says why"
+    return f"{type(error).__name__}: {' '.join(text.split())} (--debug shows where)"
 
 
 def _parse(module: Any, verb: str, arguments: list[str]) -> Any:

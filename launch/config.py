@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from cluster.engine import EngineConfig
-from nsi.errors import UserError
+from nsi.errors import UsageError, UserError
 from nsi.model import ModelConfig
 
 RecipeName = Literal["default", "demo"]
@@ -132,7 +132,7 @@ class TrainConfig:
 
 
 def check(config: TrainConfig) -> None:
-    """Raises UserError for values that no run could use."""
+    """Raises UsageError for values that no run could use."""
     positive = {
         "batch_size": config.optim.batch_size,
         "lr": config.optim.lr,
@@ -147,7 +147,7 @@ def check(config: TrainConfig) -> None:
     }
     for name, value in positive.items():
         if not value > 0:
-            raise UserError(f"--{name} {value}: must be above 0")
+            raise UsageError(f"--{name} {value}: must be above 0")
     not_negative = {
         "micro_batch_size": config.optim.micro_batch_size,
         "max_steps": config.optim.max_steps,
@@ -160,9 +160,9 @@ def check(config: TrainConfig) -> None:
     }
     for name, value in not_negative.items():
         if not value >= 0:
-            raise UserError(f"--{name} {value}: must be at least 0")
+            raise UsageError(f"--{name} {value}: must be at least 0")
     if not 0 <= config.watch.prometheus_port < 65536:
-        raise UserError(f"--prometheus_port {config.watch.prometheus_port}: must be a port number, or 0 for any")
+        raise UsageError(f"--prometheus_port {config.watch.prometheus_port}: must be a port number, or 0 for any")
 
 
 def science(config: TrainConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import tyro
 
 from launch import runfolder
-from nsi.errors import UserError
+from nsi.errors import UsageError, UserError
 
 RANKS = 2
 CALIBRATION_STEPS = 40
@@ -43,11 +43,12 @@ class DemoConfig:
 def run(config: DemoConfig) -> None:
     """Goes the whole road. Raises UserError where a step of it fails."""
     if config.scenes < 2000:
-        raise UserError(f"--scenes {config.scenes}: give at least 2000, for a gallery of 200 held-out scenes")
+        raise UsageError(f"--scenes {config.scenes}: give at least 2000, for a gallery of 200 held-out scenes")
     if config.minutes < 0:
-        raise UserError(f"--minutes {config.minutes:g}: give a number above 0, or leave it out")
+        raise UsageError(f"--minutes {config.minutes:g}: give a number above 0, or leave it out")
     began = time.monotonic()
-    scenes, shards, trained = config.out / "scenes", config.out / "shards", config.out / "run"
+    scenes, shards = config.out / "scenes", config.out / "shards"
+    trained = config.out / (f"run-{config.minutes:g}-minutes" if config.minutes else "run")
     _nsi("synth", str(scenes), "--scenes", str(config.scenes), "--size", "128x96")
     _nsi("shard", str(scenes), str(shards))
     steps = _steps_for(config, shards) if config.minutes else 0

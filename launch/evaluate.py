@@ -25,7 +25,7 @@ from launch.progress import progress
 from launch.validation import VALIDATION_STEP
 from nsi.backbone import parameters_hash
 from nsi.batch import Batch
-from nsi.errors import UserError
+from nsi.errors import UsageError, UserError
 from nsi.maxsim import maxsim
 from nsi.metrics.discovery import Discovery, contingency, discovery, summarise_discovery
 from nsi.metrics.grounding import Grounding, grounding, summarise_grounding
@@ -82,6 +82,8 @@ class MaskResult:
 
 def run(config: EvalConfig) -> None:
     """Evaluates a run and writes what was found."""
+    if config.batch_size < 1 or config.num_workers < 1:
+        raise UsageError("--batch_size and --num_workers must be at least 1")
     checkpoint = read_checkpoint(_find(config))
     trained = from_json(TrainConfig, checkpoint.facts["config"])
     split = open_split(config.data_path or trained.data_path, config.split)
@@ -143,7 +145,7 @@ def _find(config: EvalConfig) -> Path:
         best = json.loads((newest / STATE).read_text())["best"]
         return checkpoint_path(folder, int(best["step"])) if best else newest
     if not config.checkpoint.isdigit():
-        raise UserError(f"--checkpoint {config.checkpoint}: give best, last or the number of a step")
+        raise UsageError(f"--checkpoint {config.checkpoint}: give best, last or the number of a step")
     return checkpoint_path(folder, int(config.checkpoint))
 
 
@@ -155,7 +157,7 @@ def _embed(model: NeuralSlotInterpreter, backbone: torch.nn.Module, batch: Batch
 
 def _scene(split: Split, batch: Batch, output: Output, row: int, grid: tuple[int, int]) -> SceneResult:
     """Compares one scene's slots with its true mask in the official view."""
-    mask_HW = decode_mask(split.read(int(batch.sample_ids_B[row]), "mask"))
+    mask_HW = split.decode(int(batch.sample_ids_B[row]), "mask", decode_mask)
     objects = int(batch.objects_BT[row].sum())
     slots_NE = output.slot_embeddings_BNE[row]
     primitives_TE = output.primitive_embeddings_BTE[row]
@@ -229,7 +231,7 @@ def _frame(
 ) -> dict[str, Any]:
     """One scene for the report: its picture, its true and its found segments, and which slot each primitive took."""
     sample = int(batch.sample_ids_B[row])
-    mask_HW = decode_mask(split.read(sample, "mask"))
+    mask_HW = split.decode(sample, "mask", decode_mask)
     height, width = mask_HW.shape
 
     def segments_of(masks_NP: torch.Tensor) -> np.ndarray:
@@ -249,7 +251,7 @@ def _frame(
             }
         )
     return {
-        "image": decode_image_frame(split.read(sample, "image")),
+        "image": split.decode(sample, "image", decode_image_frame),
         "truth": mask_HW,
         "decoder": segments_of(output.alphas_BNP[row]),
         "attention": segments_of(output.attention_BNP[row]),

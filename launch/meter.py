@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator
 
@@ -13,7 +12,6 @@ from cluster.events import Event
 from launch.config import TrainConfig
 from launch.step import StepResult
 from nsi.batch import Batch
-from nsi.errors import UserError
 from shards.order import Order
 
 
@@ -69,12 +67,3 @@ class Meter:
         began = self._began or time.time()
         self._reset()
         return Event("steps", step, began, time.time(), facts)
-
-
-def check_finite(event: Event) -> None:
-    """Raises UserError where a logged loss is not a number any more."""
-    if not math.isfinite(event.facts["loss"]):
-        raise UserError(
-            f"step {event.step}: the loss is {event.facts['loss']}; choose another --log_path and a lower --lr or more "
-            "--lr_warmup_steps"
-        )

@@ -17,7 +17,7 @@ from launch.config import (
     WatchConfig,
     flag_values,
 )
-from nsi.errors import UserError
+from nsi.errors import UsageError
 from nsi.model import ModelConfig
 
 # Small enough for two CPU cores and minutes: 64 patches, narrow layers, no schema transformer. What it shows is the
@@ -60,7 +60,7 @@ def starting_point(arguments: Sequence[str]) -> TrainConfig:
         if flag == "--recipe":
             name = value if given else next(iter(arguments[place + 1 :]), "")
     if name not in get_args(RecipeName):
-        raise UserError(f"--recipe {name}: unknown; there are {', '.join(get_args(RecipeName))}")
+        raise UsageError(f"--recipe {name}: unknown; there are {', '.join(get_args(RecipeName))}")
     return recipe_defaults(name, TrainConfig(Path(), Path()))  # type: ignore[arg-type]
 
 

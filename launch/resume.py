@@ -51,6 +51,9 @@ def find_checkpoint(config: TrainConfig, train: Split, backbone_hash: str, speak
         raise UserError(f"{folder}: {'; '.join(changed)}: a run keeps these; choose another --log_path or change back")
     if restored.facts["backbone_hash"] != backbone_hash:
         raise UserError(f"{folder}: was trained on a backbone with other weights; give the same --backbone_weights")
+    then = restored.facts["config"]["optim"]
+    if (then["max_steps"], then["epochs"]) != (config.optim.max_steps, config.optim.epochs):
+        warn("training ends elsewhere than before (--max_steps, --epochs), so the learning rate takes another course")
     return restored
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from launch.progress import progress
-from nsi.errors import UserError
+from nsi.errors import UsageError
 from shards.scenes import find_scene_jsons
 from shards.splits import SplitRule
 from shards.write import survey, write_shards
@@ -39,7 +39,7 @@ class ShardConfig:
 def run(config: ShardConfig) -> None:
     """Surveys the scenes, then writes the shards."""
     if config.shard_samples < 1 or config.workers < 1:
-        raise UserError("--shard_samples and --workers must be at least 1")
+        raise UsageError("--shard_samples and --workers must be at least 1")
     count = len(find_scene_jsons(config.source))
     with progress("checking scenes", count, unit="scenes") as advance:
         scenes = survey(config.source, config.workers, advance)

@@ -10,6 +10,7 @@ Shapes: R rows of this rank, M rows of a micro-batch, F features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -48,11 +49,15 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Losses of the whole batch G, and the global gradient norm before clipping. Tensors, not yet waited for."""
+    """Losses of the whole batch G, and the global gradient norm before clipping. The same on all ranks."""
 
     contrastive: torch.Tensor
     reconstruction: torch.Tensor
     grad_norm: float
+
+    def is_finite(self) -> bool:
+        """Whether the losses and the gradient are numbers still. DeepSpeed says -1 for a norm that is none."""
+        return math.isfinite(float(self.contrastive + self.reconstruction) + self.grad_norm) and self.grad_norm >= 0
 
 
 def training_step(

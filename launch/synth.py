@@ -11,7 +11,7 @@ from pathlib import Path
 import tyro
 
 from launch.progress import progress
-from nsi.errors import UserError
+from nsi.errors import UsageError
 from shards.synthetic.write import VARIANT, write_scenes
 
 SIDES = (32, 4096)  # the shortest and the longest side that a frame may have
@@ -47,11 +47,11 @@ def run(config: SynthConfig) -> None:
     """Render the scenes that are still missing."""
     size = parse_size(config.size)
     if config.scenes < 1:
-        raise UserError(f"--scenes {config.scenes}: give 1 or more")
+        raise UsageError(f"--scenes {config.scenes}: give 1 or more")
     if config.workers < 1:
-        raise UserError(f"--workers {config.workers}: give 1 or more")
+        raise UsageError(f"--workers {config.workers}: give 1 or more")
     if not 0 <= config.seed < SEEDS:
-        raise UserError(f"--seed {config.seed}: give a whole number from 0 to 2^64 - 1")
+        raise UsageError(f"--seed {config.seed}: give a whole number from 0 to 2^64 - 1")
     counts: list[int] = []
     began = time.monotonic()
     with progress("rendering", config.scenes, unit="scenes") as advance:
@@ -68,10 +68,10 @@ def parse_size(text: str) -> tuple[int, int]:
     """(width, height) from `320x240`. Raises UserError where it says anything else."""
     match = re.fullmatch(r"(\d{1,9})x(\d{1,9})", text.strip().lower())
     if match is None:
-        raise UserError(f"--size {text}: give width x height in pixels, as in 320x240")
+        raise UsageError(f"--size {text}: give width x height in pixels, as in 320x240")
     width, height = int(match[1]), int(match[2])
     if min(width, height) < SIDES[0] or max(width, height) > SIDES[1]:
-        raise UserError(f"--size {text}: both sides must lie between {SIDES[0]} and {SIDES[1]} pixels")
+        raise UsageError(f"--size {text}: both sides must lie between {SIDES[0]} and {SIDES[1]} pixels")
     return width, height
 
 

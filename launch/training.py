@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from cluster.attempt import Attempt, take_attempt
+from cluster.attempt import Attempt, is_replaced, take_attempt
 from cluster.checkpoint import Checkpoint, CheckpointWriter
 from cluster.collectives import any_rank, collect, share
 from cluster.engine import Engine, read_deepspeed_config
@@ -29,7 +29,7 @@ from launch import runfolder
 from launch.build import make_backbone, make_model
 from launch.config import TrainConfig, check, to_json
 from launch.display import training_display
-from launch.meter import Meter, check_finite
+from launch.meter import Meter
 from launch.pictures import mask_sheet
 from launch.resume import Progress, checkpoint_facts, find_checkpoint, load_start
 from launch.schedule import Plateau, after_validation, learning_rate
@@ -139,7 +139,10 @@ class Trainer:
             self._engine.restore(restored.training)
             self.now = Progress(restored.step, Plateau(**restored.facts["plateau"]), dict(restored.facts["best"]))
             self._saved_step = restored.step
-        self._saver = CheckpointWriter(config.log_path / runfolder.CHECKPOINTS, KEEP_LAST)
+        attempts = config.log_path / runfolder.ATTEMPTS
+        self._saver = CheckpointWriter(
+            config.log_path / runfolder.CHECKPOINTS, KEEP_LAST, lambda: is_replaced(attempts, attempt)
+        )
 
     def run(self, stop: StopRequest) -> bool:
         """Trains to the end, or to the step at which any rank was asked to stop; returns whether it was the end."""
@@ -164,10 +167,14 @@ class Trainer:
                 with meter.stepping():
                     result = training_step(self._engine, self._backbone, batch, now.step, lr, self._settings)
                 now.step += 1
-                if now.step % config.watch.log_every == 0 or now.step == total:
-                    logged = meter.event(now.step, lr, result, config, order, self._world.size)
-                    self._log.emit(logged)
-                    check_finite(logged)  # after the watchers have been told
+                broken = not result.is_finite()
+                if now.step % config.watch.log_every == 0 or now.step == total or broken:
+                    self._log.emit(meter.event(now.step, lr, result, config, order, self._world.size))
+                if broken:  # the watchers have been told; the state must not reach a checkpoint
+                    raise UserError(
+                        f"step {now.step}: the loss or its gradient is not a number any more; start a fresh --log_path "
+                        "with a lower --lr or more --lr_warmup_steps"
+                    )
                 if now.step % validate_every == 0 or now.step == total:
                     self._validate()
                 if now.step % config.watch.checkpoint_every == 0:
@@ -259,6 +266,8 @@ def together(make: Callable[[], Made]) -> Made:
         made = make()
     except UserError as error:
         trouble = str(error)
+    except Exception as error:  # the others must hear of it too, or they would wait for ever
+        trouble = f"{type(error).__name__}: {error}"
     troubles = collect(trouble)
     failed = [rank for rank, each in enumerate(troubles) if each is not None]
     if not failed:

@@ -7,3 +7,7 @@ class UserError(Exception):
     The command line prints the message alone and exits with 1; any other exception is a defect and keeps
     its traceback.
     """
+
+
+class UsageError(UserError):
+    """A flag or an argument that no run could use: the command line exits with 2."""

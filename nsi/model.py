@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nsi.decoder import BroadcastDecoder
 from nsi.embedding_head import EmbeddingHead
-from nsi.errors import UserError
+from nsi.errors import UsageError
 from nsi.noise import KeyedNoise
 from nsi.schema_encoder import SchemaEncoder
 from nsi.slot_attention import SlotAttention
@@ -65,15 +65,15 @@ class ModelConfig:
         may_be_zero = ("num_blocks", "dropout", "schema_dropout", "attend_padding", "position_std")
         for name, value in vars(self).items():
             if value < 0 or (value == 0 and name not in may_be_zero):
-                raise UserError(f"--{name} {value}: must be {'at least' if name in may_be_zero else 'above'} 0")
+                raise UsageError(f"--{name} {value}: must be {'at least' if name in may_be_zero else 'above'} 0")
         for width, heads in (("slot_dim", "num_slot_heads"), ("d_model", "num_heads")):
             if getattr(self, width) % getattr(self, heads):
-                raise UserError(f"--{width} {getattr(self, width)} is no multiple of --{heads} {getattr(self, heads)}")
+                raise UsageError(f"--{width} {getattr(self, width)} is no multiple of --{heads} {getattr(self, heads)}")
         for name in ("dropout", "schema_dropout"):
             if getattr(self, name) >= 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be below 1")
+                raise UsageError(f"--{name} {getattr(self, name)}: must be below 1")
         if self.position_dims not in (2, 3):
-            raise UserError(f"--position_dims {self.position_dims}: 2 or 3")
+            raise UsageError(f"--position_dims {self.position_dims}: 2 or 3")
 
 
 class Output(NamedTuple):

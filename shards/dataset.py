@@ -6,8 +6,10 @@ Nothing is read before it is asked for, and every member's checksum is verified 
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import xxhash
@@ -15,6 +17,8 @@ import xxhash
 from nsi.errors import UserError
 from shards.index import index_path, read_index
 from shards.manifest import Manifest, read_manifest
+
+Decoded = TypeVar("Decoded")
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,19 @@ class Split:
                 f"run `nsi verify {self.folder}` and restore the shard"
             )
         return data
+
+    def decode(self, sample: int, member: str, decoder: Callable[[bytes], Decoded]) -> Decoded:
+        """A member's bytes, decoded. Raises UserError with shard and key where they cannot be."""
+        data = self.read(sample, member)
+        try:
+            return decoder(data)
+        except (OSError, ValueError, KeyError, TypeError, SyntaxError) as error:  # what Pillow and json raise
+            shard, _ = self._find(sample)
+            tar = self.folder / self.manifest.splits[self.name][shard].name
+            raise UserError(
+                f"{tar}: {member} of {self.key(sample)} cannot be decoded ({error}); it was so in the source: "
+                "remove that scene there and shard again"
+            ) from None
 
     def _find(self, sample: int) -> tuple[int, int]:
         if not 0 <= sample < len(self):

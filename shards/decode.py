@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from nsi.schema import Primitive
+from shards.scenes import MASK_MODES
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def decode_mask(data: bytes) -> np.ndarray:
     Raises ValueError for a picture without ids (RGB, say).
     """
     with Image.open(io.BytesIO(data)) as picture:
-        if picture.mode not in ("P", "L"):
+        if picture.mode not in MASK_MODES:
             raise ValueError(f"a mask must hold ids (mode P or L), this one has mode {picture.mode}")
         return np.asarray(picture)
 

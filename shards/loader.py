@@ -81,11 +81,10 @@ def assemble(
 
     def fill(row_and_id: tuple[int, int]) -> None:
         row, sample = row_and_id
-        schema = decode_schema(split.read(sample, "json"))
+        schema = split.decode(sample, "json", decode_schema)
         # Rows are disjoint, so threads can write them at the same time.
-        images_BCHW[row] = torch.from_numpy(decode_image(split.read(sample, "image"), shape.image_size).copy()).permute(
-            2, 0, 1
-        )
+        image_HW3 = split.decode(sample, "image", lambda data: decode_image(data, shape.image_size))
+        images_BCHW[row] = torch.from_numpy(image_HW3.copy()).permute(2, 0, 1)
         count = len(schema.primitives)
         labels_BT3[row, :count] = torch.tensor([(p.size, p.shape, p.material) for p in schema.primitives])
         positions_BT3[row, :count] = torch.tensor([p.position for p in schema.primitives])

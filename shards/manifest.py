@@ -35,7 +35,7 @@ class Manifest:
     max_objects: int  # most objects in one scene
     transform: str  # what was done to the images on the way in
     split_rule: str
-    source: str  # digest over the names and sizes of the source's files
+    source: str  # digest over the source: its JSONs, and its pictures' sizes
     vocabulary: Vocabulary
     splits: dict[str, tuple[Shard, ...]]
     fingerprint: str = ""

@@ -9,6 +9,7 @@ A scene is three files: its JSON, its image and its palette mask. Names come fro
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from PIL import Image
 from nsi.errors import UserError
 
 V2_FRAME = "0003.png"  # the frame number that the renderer appended to every v2 file
+MASK_MODES = ("P", "L")
 OBJECT_KEYS = ("shape", "size", "material", "3d_coords", "index")
 
 
@@ -46,6 +48,7 @@ class SceneSummary:
     objects: int
     image_size: tuple[int, int]  # width, height in pixels
     variant: str
+    digest: str  # of the JSON's content
 
 
 def find_scene_jsons(source: Path) -> list[Path]:
@@ -76,8 +79,13 @@ def summarise_scene(path: Path) -> SceneSummary:
     """
     facts = read_scene_json(path)
     files = _scene_files(path, facts)
-    image_size = _picture_size(files.image)
-    mask_size = _picture_size(files.mask)
+    image_size, _ = _picture(files.image)
+    mask_size, mask_mode = _picture(files.mask)
+    if mask_mode not in MASK_MODES:
+        raise UserError(
+            f"{files.mask}: the mask has mode {mask_mode}, so its object ids are lost (a palette picture has them); "
+            "fetch the scene again or remove its folder"
+        )
     if image_size != mask_size:
         raise UserError(
             f"{files.mask}: the mask is {mask_size[0]}x{mask_size[1]}, its image {image_size[0]}x{image_size[1]}; "
@@ -93,6 +101,7 @@ def summarise_scene(path: Path) -> SceneSummary:
         objects=len(objects),
         image_size=image_size,
         variant=str(facts.get("split", "full")),
+        digest=hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),
     )
 
 
@@ -169,10 +178,11 @@ def _plain_name(name: object, path: Path) -> str:
     return text
 
 
-def _picture_size(path: Path) -> tuple[int, int]:
+def _picture(path: Path) -> tuple[tuple[int, int], str]:
+    """Size and mode of a picture, from its header."""
     try:
-        with Image.open(path) as picture:  # reads the header alone
-            return picture.size
+        with Image.open(path) as picture:
+            return picture.size, picture.mode
     except FileNotFoundError:
         raise UserError(f"{path}: missing; fetch the scene again or remove its folder") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

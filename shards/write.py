@@ -188,11 +188,11 @@ def _check_uniform(scenes: Iterable[SceneSummary]) -> None:
 
 
 def _source_digest(scenes: Iterable[SceneSummary], rule: SplitRule, shard_samples: int) -> str:
-    """A digest over what decides the shards' content, without reading the pictures: file names and sizes."""
+    """A digest over what decides the shards' content: the JSONs, and the pictures' sizes, so as not to read them."""
     digest = hashlib.sha256(f"{rule} {shard_samples}".encode())
     for scene in scenes:
         sizes = [path.stat().st_size for path in (scene.files.json, scene.files.image, scene.files.mask)]
-        digest.update(f"{scene.files.key} {scene.index} {sizes}\n".encode())
+        digest.update(f"{scene.files.key} {scene.digest} {sizes}\n".encode())
     return digest.hexdigest()
 
 

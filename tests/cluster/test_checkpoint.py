@@ -112,6 +112,21 @@ def test_a_failed_write_is_told(tmp_path: Path) -> None:
     writer.wait()  # told once
 
 
+def test_a_replaced_attempt_writes_nothing(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, make(5))
+    before = (tmp_path / "step-00000005" / STATE).stat().st_mtime_ns
+    writer = CheckpointWriter(tmp_path, 1, is_replaced=lambda: True)
+    with pytest.raises(UserError, match="a newer attempt trains this run"):
+        writer.submit(make(5), frozenset())
+    assert (tmp_path / "step-00000005" / STATE).stat().st_mtime_ns == before
+
+
+def test_no_such_checkpoint(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, make(5))
+    with pytest.raises(UserError, match=r"step-00000007: no such checkpoint; there are: step-00000005"):
+        read_checkpoint(tmp_path / "step-00000007")
+
+
 def test_a_newer_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FORMAT", 2)
     path = write_checkpoint(tmp_path, make(1))

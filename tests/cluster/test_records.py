@@ -6,12 +6,13 @@ import json
 import socket
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.attempt import is_superseded, read_attempts, take_attempt
+from cluster.attempt import is_replaced, is_superseded, read_attempts, take_attempt
 from cluster.events import Event, EventLog
 from cluster.prometheus import LABELS, serve
 from cluster.sinks import METRIC_KEYS, metrics_sink, validation_sink
@@ -63,6 +64,23 @@ def test_what_a_successor_replays_is_superseded(tmp_path: Path) -> None:
     assert not is_superseded(20, 2, attempts)
     assert is_superseded(31, 2, attempts)
     assert not is_superseded(99, 3, attempts)
+
+
+def test_an_attempt_learns_that_it_was_replaced(tmp_path: Path) -> None:
+    first = take_attempt(tmp_path, 1, "none", 0)
+    assert not is_replaced(tmp_path, first)
+    second = take_attempt(tmp_path, 1, "none", 0)
+    assert is_replaced(tmp_path, first)
+    assert not is_replaced(tmp_path, second)
+
+
+def test_broken_numbers_become_null(tmp_path: Path) -> None:
+    """NaN is no JSON, and other programs read these lines."""
+    sink = metrics_sink(tmp_path / "metrics.jsonl", 1)
+    sink(replace(STEPS, facts={**STEPS.facts, "loss": float("nan"), "grad_norm": float("inf")}))
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    found = json.loads(line, parse_constant=pytest.fail)
+    assert (found["loss"], found["grad_norm"], found["contrastive"]) == (None, None, 3.0)
 
 
 def test_a_cut_attempt_file_is_passed_over(tmp_path: Path) -> None:
@@ -144,7 +162,7 @@ def test_prometheus_names_are_frozen(tmp_path: Path) -> None:
         "nsi_data_wait_seconds_total",
         "nsi_checkpoints_total",
         "nsi_checkpoint_seconds_total",
-        "nsi_step_count",
+        "nsi_progress_steps",
         "nsi_validation_recall_at_5_ratio",
     }
 

@@ -41,6 +41,19 @@ def test_launchers() -> None:
     assert find_world({**LAUNCHER, "TORCHELASTIC_RUN_ID": "x"}).launcher == "torchrun"
 
 
+def test_deepspeeds_launcher() -> None:
+    """It says LOCAL_SIZE where others say LOCAL_WORLD_SIZE."""
+    env = {name: value for name, value in LAUNCHER.items() if name != "LOCAL_WORLD_SIZE"}
+    assert find_world({**env, "LOCAL_SIZE": "4"}).local_size == 4
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "LOCAL_WORLD_SIZE"])
+def test_a_starter_that_is_not_understood_is_no_world_of_one(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name}=2, but RANK and WORLD_SIZE are not set"):
+        find_world({name: "2"})
+    assert find_world({name: "1"}).size == 1
+
+
 def test_a_launcher_inside_slurm_wins() -> None:
     assert find_world({**STEP, **LAUNCHER}).rank == 3
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.attempt import take_attempt
 from cluster.checkpoint import COMPLETE, MODEL, newest_verified, read_checkpoint
 from launch.runfolder import read_lines, standing_lines
 from tests.gloo.worlds import free_port
@@ -191,6 +192,36 @@ def test_asked_to_stop_it_saves_and_leaves_with_0(shards: Path, whole: Path, tmp
     assert newest is not None
     assert int(newest.name[5:]) == last
     assert (run / "stopped").read_text() == f"{last}\n"
+
+
+def test_a_broken_step_reaches_no_checkpoint(shards: Path, tmp_path: Path) -> None:
+    said = one_line(train(shards, tmp_path / "run", "--lr", "1e30", "--log_every", "5", "--checkpoint_every", "1"))
+    assert "is not a number any more" in said
+    last = read_lines(tmp_path / "run", "metrics.jsonl")[-1]
+    assert last["loss"] is None or last["grad_norm"] is None or last["grad_norm"] < 0
+    for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        assert int(path.name[5:]) < last["step"]
+
+
+def test_two_at_once_do_not_harm_each_other(shards: Path, tmp_path: Path) -> None:
+    """The older of two starts of one run ends at its next checkpoint and says why."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "launch", "train", "--data_path", str(shards), "--log_path", str(run), *SMALL]
+    older = subprocess.Popen(
+        [*command, "--max_steps", "100000", "--schedule", "constant", "--validate_every", "100000"],
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for(lambda: len(read_lines(run, "metrics.jsonl")) >= 3, older)
+        take_attempt(run / "attempts", 1, "none", 2)
+        _, said = older.communicate(timeout=60)
+    finally:
+        older.kill()
+    assert older.returncode == 1
+    assert "a newer attempt trains this run" in said
 
 
 def test_weights_of_another_run_start_a_fresh_one(shards: Path, whole: Path, tmp_path: Path) -> None:

@@ -106,6 +106,13 @@ def test_mask_of_another_size(scene: Path) -> None:
         summarise_scene(json_of(scene))
 
 
+def test_mask_without_ids(scene: Path) -> None:
+    mask = scene / f"{scene.name}_flat_0003.png"
+    Image.open(mask).convert("RGB").save(mask)
+    with pytest.raises(UserError, match="the mask has mode RGB, so its object ids are lost"):
+        summarise_scene(json_of(scene))
+
+
 def test_image_missing(scene: Path) -> None:
     (scene / f"{scene.name}_0003.png").unlink()
     with pytest.raises(UserError, match="_0003.png: missing"):

@@ -15,6 +15,7 @@ from shards import write
 from shards.dataset import open_split
 from shards.decode import decode_schema
 from shards.index import index_path
+from shards.loader import BatchShape, whole_split
 from shards.manifest import MANIFEST, read_manifest
 from shards.scenes import SceneSummary
 from shards.verify import verify
@@ -109,6 +110,27 @@ def test_a_complete_folder_is_left_alone(found: list[SceneSummary], shards: Path
 def test_other_settings_are_refused(found: list[SceneSummary], shards: Path, rule, size: int) -> None:
     with pytest.raises(UserError, match="other scenes or settings"):
         write_shards(found, shards, rule, size, 1, silent)
+
+
+def test_an_edited_scene_is_not_taken_for_done(scenes: Path, shards: Path, tmp_path: Path) -> None:
+    """The same length, another meaning."""
+    copy = shutil.copytree(scenes, tmp_path / "scenes")
+    path = sorted(copy.rglob("*.json"))[0]
+    text = path.read_text()
+    path.write_text(text.replace('"cube"', '"cone"') if '"cube"' in text else text.replace('"sphere"', '"teapot"'))
+    with pytest.raises(UserError, match="other scenes or settings"):
+        write_shards(survey(copy, 1, silent), shards, "official", 10, 1, silent)
+
+
+def test_a_picture_that_cannot_be_decoded_is_named(scenes: Path, tmp_path: Path) -> None:
+    """Its header is whole, so that only reading it shows."""
+    copy = shutil.copytree(scenes, tmp_path / "scenes")
+    victim = sorted(path for path in copy.rglob("*_0003.png") if "flat" not in path.name)[0]
+    victim.write_bytes(victim.read_bytes()[:400])
+    write_shards(survey(copy, 1, silent), tmp_path / "out", "official", 10, 1, silent)
+    with pytest.raises(UserError, match=rf"test-000000.tar: image of {victim.parent.name} cannot be decoded"):
+        list(whole_split(open_split(tmp_path / "out", "test"), BatchShape(32, 10), 6, 0, 1, 1))
+    assert any("the image cannot be decoded" in fault for fault in verify(tmp_path / "out", 1, silent))
 
 
 def test_a_strangers_folder_is_refused(found: list[SceneSummary], tmp_path: Path) -> None:

@@ -117,3 +117,15 @@ def test_every_panel_can_be_parsed(expression: str, tmp_path: Path) -> None:
     rules.write_text(json.dumps({"groups": [{"name": "panels", "rules": [rule]}]}))
     checked = subprocess.run([promtool, "check", "rules", rules], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_promtool_finds_the_metrics_well_named(tmp_path: Path) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is missing; apt-get install prometheus")
+    endpoint = serve(World(0, 1, 0, 1, "127.0.0.1", 0, "none"), tmp_path, 0)
+    endpoint.sink(Event("steps", 10, 0.0, 5.0, STEPS))
+    with urllib.request.urlopen(f"http://127.0.0.1:{endpoint.port}/metrics") as answer:
+        text = answer.read()
+    checked = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
