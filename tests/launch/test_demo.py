@@ -34,7 +34,7 @@ def test_the_demo_walks_the_whole_road(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_recipe_learns(tmp_path: Path) -> None:
-    """About half of the demo's steps: held-out scenes are recognised at least 15 times as often as by chance, both ways."""
+    """About half of the demo's steps: held-out scenes are found at least 15 times as often as by chance, both ways."""
     scenes, shards, run = (str(tmp_path / name) for name in ("scenes", "shards", "run"))
     steps = [
         ["synth", scenes, "--scenes", "4500", "--size", "128x96"],
