@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-# start: from process start to the first step; steps: all steps since the last event of this kind.
-Kind = Literal["start", "restore", "steps", "validation", "checkpoint", "stop"]
+# start: from process start to the first step, with what was restored; steps: all since the last event of this kind.
+Kind = Literal["start", "steps", "validation", "checkpoint", "stop"]
 
 
 @dataclass(frozen=True)
