@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 # start: from process start to the first step, with what was restored; steps: all since the last event of this kind.
-Kind = Literal["start", "steps", "validation", "checkpoint", "stop"]
+# bad_samples: damaged scenes that were passed over since the last event of this kind.
+Kind = Literal["start", "steps", "bad_samples", "validation", "checkpoint", "stop"]
 
 
 @dataclass(frozen=True)

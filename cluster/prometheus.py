@@ -98,6 +98,7 @@ def _sink(registry: CollectorRegistry, labels: dict[str, str]) -> Sink:
     images = counter("nsi_images", "Images of the whole batch trained on since this process began")
     step_seconds = counter("nsi_step_seconds", "Seconds spent in steps, the wait for data left out")
     wait_seconds = counter("nsi_data_wait_seconds", "Seconds spent waiting for data")
+    bad_samples = counter("nsi_bad_samples", "Damaged scenes that --on_bad_sample skip passed over, of all ranks")
     saves = counter("nsi_checkpoints", "Checkpoints written")
     save_seconds = counter("nsi_checkpoint_seconds", "Seconds that steps stood still for checkpoints")
     step_now = gauge("nsi_progress_steps", "Steps done since the run began, over all attempts")
@@ -112,6 +113,8 @@ def _sink(registry: CollectorRegistry, labels: dict[str, str]) -> Sink:
             images.inc(event.facts["images"])
             wait_seconds.inc(event.facts["data_wait_seconds"])
             step_seconds.inc(max(0.0, event.t1 - event.t0 - event.facts["data_wait_seconds"]))
+        elif event.kind == "bad_samples":
+            bad_samples.inc(event.facts["count"])
         elif event.kind == "checkpoint":
             saves.inc()
             save_seconds.inc(event.t1 - event.t0)

@@ -18,8 +18,10 @@ VERBS = {
     "synth": ("launch.synth", "SynthConfig", "render textured scenes in the CLEVRTex layout"),
     "shard": ("launch.shard", "ShardConfig", "turn a folder of scenes into WebDataset shards"),
     "verify": ("launch.verify", "VerifyConfig", "check every byte of a folder of shards"),
+    "plan": ("launch.plan", "PlanConfig", "what a run over these shards will need, before paying for it"),
     "train": ("launch.train", "", "train on shards, alone or under any launcher"),
     "eval": ("launch.evaluate", "EvalConfig", "measure retrieval and object discovery of a run"),
+    "audit": ("launch.audit", "AuditConfig", "prove from its ledger what a run has read"),
     "report": ("launch.report", "ReportConfig", "write a run's report as one HTML file"),
     "demo": ("launch.demo", "DemoConfig", "all of it in minutes, on two CPU processes"),
 }

@@ -32,7 +32,17 @@ class DataConfig:
     max_program_len: int = 10
     """Most objects in a scene."""
     num_workers: int = 1
-    """Threads a rank that read and decode ahead of the training step."""
+    """Processes a rank that read and decode ahead of the training step."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """A scene whose bytes are damaged stops the run with its shard, key and offset; or it is an empty row, counted and
+    noted in RUN/ledger, up to --bad_sample_limit."""
+    bad_sample_limit: int = 100
+    """How many damaged scenes --on_bad_sample skip bears in one start of the run."""
+    cache_path: Path | None = None
+    """A folder on the node's own disk that keeps copies of the shards in use, for all ranks of the node. Without it
+    shards behind s3:// or http:// are read by ranges, and those in a folder where they lie."""
+    cache_gb: float = 50.0
+    """How large that folder may grow; `nsi plan` says what is needed."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +124,8 @@ class TrainConfig:
     Start it alone, or with deepspeed, torchrun, accelerate launch or srun; RUN goes on by itself where it was cut.
     """
 
-    data_path: Path
-    """Folder of shards, written by `nsi shard`."""
+    data_path: str
+    """Folder of shards, written by `nsi shard`: a path, s3://bucket/folder or http(s)://host/folder."""
     log_path: Path
     """Run folder: configuration, metrics, checkpoints. One that has checkpoints is continued."""
     checkpoint_path: Path | None = None
@@ -144,6 +154,7 @@ def check(config: TrainConfig) -> None:
         "patience": config.optim.patience,
         "epochs": config.optim.epochs,
         "num_workers": config.data.num_workers,
+        "cache_gb": config.data.cache_gb,
     }
     for name, value in positive.items():
         if not value > 0:
@@ -157,6 +168,7 @@ def check(config: TrainConfig) -> None:
         "beta": config.loss.beta,
         "validate_every": config.watch.validate_every,
         "seed": config.optim.seed,
+        "bad_sample_limit": config.data.bad_sample_limit,
     }
     for name, value in not_negative.items():
         if not value >= 0:

@@ -36,7 +36,9 @@ from nsi.noise import KeyedNoise
 from nsi.schema import Vocabulary
 from shards.dataset import Split, open_split
 from shards.decode import decode_image_frame, decode_mask
-from shards.loader import BatchShape, check_fits, whole_split
+from shards.loader import check_fits, refuse_faults, whole_split
+from shards.rows import SceneShape
+from shards.workers import open_workers
 
 SCENES_SHOWN = 12
 
@@ -51,12 +53,12 @@ class EvalConfig:
     """Which split of the shards: test, val or train."""
     checkpoint: str = "best"
     """best: the step with the best validation retrieval; last: the newest one; or a step's number."""
-    data_path: Path | None = None
+    data_path: str = ""
     """Shards to read, where they have moved since training."""
     batch_size: int = 64
     """Scenes embedded at once; changes no figure."""
     num_workers: int = 2
-    """Threads that read and decode ahead."""
+    """Processes that read and decode ahead."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,13 @@ def run(config: EvalConfig) -> None:
 
     results: list[SceneResult] = []
     frames: list[dict[str, Any]] = []
-    shape = BatchShape(trained.data.image_size, trained.data.max_program_len)
-    batches = whole_split(split, shape, config.batch_size, 0, 1, config.num_workers)
-    with progress(f"evaluating {config.split}", len(split), unit="scenes") as advance, torch.inference_mode():
-        for cpu_batch in batches:
+    shape = SceneShape(trained.data.image_size, trained.data.max_program_len)
+    with (
+        open_workers(config.num_workers) as workers,
+        progress(f"evaluating {config.split}", len(split), unit="scenes") as advance,
+        torch.inference_mode(),
+    ):
+        for cpu_batch in map(refuse_faults, whole_split(split, shape, config.batch_size, 0, 1, workers)):
             output = _embed(model, backbone, cpu_batch.to(device), trained.optim.seed)
             for row in range(int(cpu_batch.rows_B.sum())):
                 result = _scene(split, cpu_batch, output, row, backbone.grid)
@@ -173,9 +178,9 @@ def _scene(split: Split, batch: Batch, output: Output, row: int, grid: tuple[int
     return SceneResult(
         slots_NE=slots_NE,
         primitives_TE=primitives_TE,
-        objects_T=batch.objects_BT[row],
-        labels_T3=batch.labels_BT3[row],
-        positions_T3=batch.positions_BT3[row],
+        objects_T=batch.objects_BT[row].clone(),  # copies, since a view would keep the whole batch
+        labels_T3=batch.labels_BT3[row].clone(),
+        positions_T3=batch.positions_BT3[row].clone(),
         decoder=compare(output.alphas_BNP[row]),
         attention=compare(output.attention_BNP[row]),
     )

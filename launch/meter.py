@@ -6,8 +6,6 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-import torch
-
 from cluster.events import Event
 from launch.config import TrainConfig
 from launch.step import StepResult
@@ -27,12 +25,12 @@ class Meter:
         self._waited = 0.0
         self._stepped = 0.0
 
-    def wait_for(self, batches: Iterator[Batch], device: torch.device) -> Batch:
-        """The next batch, on the device."""
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch."""
         t0 = time.time()
         if self._began is None:
             self._began = t0
-        batch = next(batches).to(device)
+        batch = next(batches)
         self._waited += time.time() - t0
         return batch
 

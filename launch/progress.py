@@ -27,6 +27,21 @@ def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None
         yield advance
 
 
+@contextlib.contextmanager
+def counting(title: str, unit: str) -> Iterator[Callable[[int], None]]:
+    """`progress` for work whose end nobody knows: says how much is done, every few seconds."""
+    pace, last = pace_of(0, unit), time.monotonic()
+
+    def advance(done: int) -> None:
+        nonlocal last
+        text = pace(done)
+        if time.monotonic() - last >= PLAIN_EVERY_S:
+            last = time.monotonic()
+            print(f"{title}: {done} {unit}, {text.partition(',')[0]}".rstrip(", "), file=sys.stderr, flush=True)
+
+    yield advance
+
+
 def pace_of(total: int, unit: str, clock: Clock = time.monotonic) -> Pace:
     """A function from the work done so far to `12.3 scenes/s, 1:05 left`; empty while nothing can be said."""
     first: tuple[float, int] | None = None

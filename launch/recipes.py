@@ -61,15 +61,15 @@ def starting_point(arguments: Sequence[str]) -> TrainConfig:
             name = value if given else next(iter(arguments[place + 1 :]), "")
     if name not in get_args(RecipeName):
         raise UsageError(f"--recipe {name}: unknown; there are {', '.join(get_args(RecipeName))}")
-    return recipe_defaults(name, TrainConfig(Path(), Path()))  # type: ignore[arg-type]
+    return recipe_defaults(name, TrainConfig("", Path()))  # type: ignore[arg-type]
 
 
 def describe(recipe: RecipeName) -> str:
     """The flags that a recipe sets, each beside its default: the help shows it."""
-    plain = flag_values(TrainConfig(Path(), Path()))
+    plain = flag_values(TrainConfig("", Path()))
     changed = {
         name: value
-        for name, value in flag_values(recipe_defaults(recipe, TrainConfig(Path(), Path()))).items()
+        for name, value in flag_values(recipe_defaults(recipe, TrainConfig("", Path()))).items()
         if value != plain[name] and name != "recipe"
     }
     if not changed:

@@ -281,7 +281,7 @@ def _settings(config: Any) -> list[dict[str, Any]]:
     """The configuration in its parts: each flag, its value, the default, and whether they differ."""
     from launch.config import TrainConfig, to_json
 
-    plain = to_json(TrainConfig(Path(), Path()))
+    plain = to_json(TrainConfig("", Path()))
     groups: dict[str, list[dict[str, Any]]] = {"run": []}
     for name, value in (config if isinstance(config, dict) else {}).items():
         part = value if isinstance(value, dict) else {name: value}

@@ -14,6 +14,7 @@ VALIDATION = "validation.jsonl"
 CHECKPOINTS = "checkpoints"
 ATTEMPTS = "attempts"
 EVENTS = "events"
+LEDGER = "ledger"
 TENSORBOARD = "tensorboard"
 REPORT = "report.html"
 STOPPED = "stopped"  # there while a run was cut by a signal; a batch script requeues on it

@@ -1,50 +1,160 @@
-"""`nsi shard SOURCE OUT`: a folder of CLEVRTex scenes becomes WebDataset shards with an index and a manifest."""
+"""`nsi shard SOURCE OUT`: CLEVRTex, in whatever form it is had, becomes WebDataset shards with a manifest."""
 
 from __future__ import annotations
 
 import os
+import re
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
-from launch.progress import progress
+from launch.progress import counting, progress
 from nsi.errors import UsageError
-from shards.scenes import find_scene_jsons
+from shards.cut import Settings
+from shards.hdf5 import write_hdf5
+from shards.manifest import MANIFEST, Manifest, read_manifest
+from shards.processes import process_pool
+from shards.sources.find import check_parts_can_share, list_sources
+from shards.sources.legacy import is_legacy, list_legacy
+from shards.sources.listing import is_scene_json
+from shards.sources.stream import is_stream
 from shards.splits import SplitRule
-from shards.write import survey, write_shards
+from shards.survey import Survey, survey_folders, survey_scenes
+from shards.transform import Encoding, Transform, parse_size
+from shards.write import UNFINISHED, Part, check_target, merge_shards, write_shards
+
+_SPOOL = "spool"
 
 
 @dataclass(frozen=True)
 class ShardConfig:
-    """Turn a folder of CLEVRTex scenes (v1 or v2 layout) into WebDataset shards.
+    """Turn CLEVRTex scenes into WebDataset shards.
 
-    Images and masks are kept byte for byte. A run that was cut goes on where it stopped; the same scenes give the
-    same bytes whatever the number of workers. Plain webdataset reads the result.
+    SOURCE is one of: a folder of scenes (v1 or v2 layout); an archive as it was published, on disk or behind http(s)
+    (.tar, .tar.gz; several where a data set comes in parts), read without unpacking it; or the folder of HDF5 files
+    that the public NSI code trains from. The same scenes give the same shards, byte for byte, in whatever form they
+    come, with any number of workers and interruptions. A run that was cut goes on where it stopped.
+
+    What can only be read front to back (.tar.gz, http) is read once; the images, masks and JSONs are kept in
+    OUT/.unfinished until the shards are complete, so that takes their size on disk twice for a while.
+
+    Many machines: run `--part 1/N` to `--part N/N` (a Slurm job array, say), then once `--merge`.
     """
 
-    source: tyro.conf.Positional[Path]
-    """Folder that holds the scenes, at any depth (clevrtexv2_full, say)."""
-    out: tyro.conf.Positional[Path]
-    """Folder to write the shards to; made if it is missing."""
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE [SOURCE ...] OUT")]
+    """Where the scenes are, one or more, and last the folder to write to, which is made if it is missing. With --merge
+    OUT alone; with --to_hdf5 the folder of shards and the folder to write to."""
     splits: SplitRule = "official"
-    """official: the first tenth of the indices is test, the next val, the rest train (CLEVRTex). reference: as the
-    public NSI code cuts them; its train split holds the official test split."""
+    """official: the first tenth of the indices is test, the next val, the rest train; all of the OOD variant is test
+    (CLEVRTex). reference: as the public NSI code cuts them; its train split holds the official test split. test: all
+    is test. HDF5 files keep the splits they have."""
     shard_samples: int = 500
     """Scenes in a shard; the last of a split has fewer."""
+    shard_mb: float = 0.0
+    """Cut shards by size instead: each holds at most so many megabytes of the source's files."""
+    image: Encoding = "keep"
+    """keep: the image's bytes as they are. Otherwise it is decoded once and encoded anew."""
+    resize: str = ""
+    """Size of an image that is encoded anew: 224 squashes it to a square, as training does; 320x240 is also possible.
+    Masks keep their size."""
+    quality: int = 95
+    """Quality of jpg and webp, from 1 to 100."""
+    part: str = ""
+    """i/N: write the i-th of N parts, i from 1, and no manifest."""
+    merge: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Check that all parts are there and write the manifest."""
+    to_hdf5: tyro.conf.FlagCreatePairsOff[bool] = False
+    """The way back: write the files that the public NSI code trains from (images.h5 with 128x128 images in float64,
+    the labels, the three JSONs)."""
     workers: int = os.cpu_count() or 1
-    """Threads that read and write."""
+    """Processes that read and write."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All paths but the last."""
+        return self.paths[:-1]
+
+    @property
+    def out(self) -> Path:
+        """The last path."""
+        return Path(self.paths[-1])
 
 
 def run(config: ShardConfig) -> None:
-    """Surveys the scenes, then writes the shards."""
-    if config.shard_samples < 1 or config.workers < 1:
-        raise UsageError("--shard_samples and --workers must be at least 1")
-    count = len(find_scene_jsons(config.source))
+    """Finds and surveys the scenes, then writes the shards; or one of the other things that were asked for."""
+    part = _check(config)
+    if config.to_hdf5:
+        _write_hdf5(Path(config.sources[0]), config.out)
+    elif config.merge:
+        _tell(config.out, merge_shards(config.out))
+    else:
+        _shard(config, part)
+
+
+def _shard(config: ShardConfig, part: Part | None) -> None:
+    settings = Settings(
+        config.splits,
+        config.shard_samples,
+        config.shard_mb,
+        Transform(config.image, parse_size(config.resize), config.quality),
+    )
+    check_target(config.out)
+    if any(map(is_stream, config.sources)) and (config.out / MANIFEST).exists():
+        _tell(config.out, read_manifest(config.out))
+        print(f"{config.out}: is complete already; {', '.join(config.sources)} was not read again")
+        return
+    with process_pool(config.workers, config.out) as pool:
+        survey = _survey(config, pool)
+        count = len(survey.scenes)
+        with progress("writing shards", count, unit="scenes") as advance:
+            manifest = write_shards(survey, settings, config.out, pool, advance, part)
+    if part:
+        print(f"{config.out}: part {part.number}/{part.count} is there; when all are: nsi shard {config.out} --merge")
+    if manifest:
+        _tell(config.out, manifest)
+
+
+def _survey(config: ShardConfig, pool: Executor) -> Survey:
+    if len(config.sources) == 1 and is_legacy(Path(config.sources[0])):
+        return survey_scenes(*list_legacy(Path(config.sources[0])))
+    with counting("reading archives", unit="scenes") as advance:
+        folders = list_sources(config.sources, config.out / UNFINISHED / _SPOOL, advance)
+    count = sum(is_scene_json(name) for folder in folders for name in folder.members)
     with progress("checking scenes", count, unit="scenes") as advance:
-        scenes = survey(config.source, config.workers, advance)
-    with progress("writing shards", count, unit="scenes") as advance:
-        manifest = write_shards(scenes, config.out, config.splits, config.shard_samples, config.workers, advance)
+        return survey_folders(folders, pool, advance)
+
+
+def _write_hdf5(shards: Path, out: Path) -> None:
+    manifest = read_manifest(shards)
+    total = sum(manifest.samples(split) for split in manifest.splits)
+    with progress("writing images.h5", total, unit="scenes") as advance:
+        write_hdf5(shards, out, report=advance)
+    print(f"{out}: images.h5, labels and the JSONs of {total} scenes, as the public NSI code reads them")
+
+
+def _check(config: ShardConfig) -> Part | None:
+    """The part that is asked for. Raises UsageError for what does not go together."""
+    if config.workers < 1:
+        raise UsageError("--workers must be at least 1")
+    if sum((bool(config.part), config.merge, config.to_hdf5)) > 1:
+        raise UsageError("--part, --merge and --to_hdf5 are three different things to do; give one of them")
+    if config.to_hdf5 and len(config.sources) != 1:
+        raise UsageError("--to_hdf5 wants one folder of shards and one to write to: nsi shard --to_hdf5 SHARDS OUT")
+    if not config.paths or (not config.sources and not config.merge):
+        raise UsageError("give a SOURCE and an OUT: nsi shard clevrtexv2_full SHARDS")
+    if not config.part:
+        return None
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", config.part)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise UsageError(f"--part {config.part}: give i/N with i from 1 to N, as in 3/8")
+    check_parts_can_share(config.sources)
+    return Part(int(found[1]), int(found[2]))
+
+
+def _tell(out: Path, manifest: Manifest) -> None:
     splits = ", ".join(f"{name} {manifest.samples(name)}" for name in manifest.splits)
     shards = sum(len(part) for part in manifest.splits.values())
-    print(f"{config.out}: {shards} shards; scenes: {splits}; {len(manifest.vocabulary.materials)} materials")
+    print(f"{out}: {shards} shards; scenes: {splits}; {len(manifest.vocabulary.materials)} materials")

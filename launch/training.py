@@ -20,6 +20,7 @@ from cluster.checkpoint import Checkpoint, CheckpointWriter
 from cluster.collectives import any_rank, collect, share
 from cluster.engine import Engine, read_deepspeed_config
 from cluster.events import Event, EventLog, Sink
+from cluster.ledger import LedgerWriter
 from cluster.processes import device_of, join, leave
 from cluster.prometheus import forget_endpoints, serve
 from cluster.sinks import metrics_sink, tensorboard_sink, validation_sink
@@ -31,6 +32,7 @@ from launch.config import TrainConfig, check, to_json
 from launch.display import training_display
 from launch.meter import Meter
 from launch.pictures import mask_sheet
+from launch.readings import Readings
 from launch.resume import Progress, checkpoint_facts, find_checkpoint, load_start
 from launch.schedule import Plateau, after_validation, learning_rate
 from launch.step import StepSettings, training_step
@@ -38,9 +40,14 @@ from launch.validation import validate
 from nsi.backbone import Backbone, parameters_hash
 from nsi.errors import UserError
 from nsi.model import NeuralSlotInterpreter
-from shards.dataset import Split, open_split
-from shards.loader import BatchShape, check_fits, training_batches, whole_split
+from shards.cache import ShardCache
+from shards.dataset import Split, open_splits
+from shards.feed import on_device
+from shards.loader import check_fits, refuse_faults, training_batches, whole_split
 from shards.order import Order, rows_per_rank
+from shards.prefetch import prefetching
+from shards.rows import SceneShape
+from shards.workers import DataWorkers, open_workers
 
 KEEP_LAST = 2  # checkpoints kept besides the best one
 DEEPSPEED_CONFIG = Path(__file__).with_name("deepspeed.json")
@@ -72,7 +79,7 @@ def train(config: TrainConfig, stop: StopRequest) -> None:
     if device.type == "cpu" and world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))  # ranks share a machine's cores
     join(world)
-    parts = together(lambda: prepare(config, speak=world.rank == 0))
+    parts = together(lambda: prepare(config, world.rank == 0, world.local_rank == 0))
     endpoint = together(lambda: serve(world, config.log_path, config.watch.prometheus_port))
     attempt = share(together(lambda: _begin(config, world, parts)))  # the first thing that writes to RUN
     assert attempt is not None
@@ -95,7 +102,12 @@ def train(config: TrainConfig, stop: StopRequest) -> None:
             ]
         log = EventLog(config.log_path / runfolder.EVENTS, attempt.number, world.rank, sinks)
         closing.callback(log.close)
-        trainer = Trainer(config, world, device, parts, attempt, log, board)
+        ledger = None
+        if world.rank == 0:
+            ledger = LedgerWriter(config.log_path / runfolder.LEDGER, attempt.number, config.optim.batch_size)
+            closing.callback(ledger.close)
+        workers = closing.enter_context(open_workers(config.data.num_workers, pin=device.type == "cuda"))
+        trainer = Trainer(config, world, device, parts, attempt, log, board, ledger, workers)
         log.emit(Event("start", trainer.now.step, began, time.time()))
         finished = trainer.run(stop)
     leave()
@@ -115,10 +127,16 @@ class Trainer:
         attempt: Attempt,
         log: EventLog,
         board: Any,
+        ledger: LedgerWriter | None,
+        workers: DataWorkers,
     ) -> None:
-        """`board` is rank 0's TensorBoard writer, None on the others."""
+        """`board` and `ledger` are rank 0's TensorBoard writer and ledger, None on the others."""
         self._config, self._world, self._device = config, world, device
         self._parts, self._attempt, self._log, self._board = parts, attempt, log, board
+        self._workers = workers
+        self._readings = Readings(
+            config.optim.batch_size, world.rank, world.size, config.data.bad_sample_limit, device, ledger
+        )
         self._backbone = parts.backbone.to(device)
         rows = rows_per_rank(config.optim.batch_size, world.size)
         micro_rows = min(config.optim.micro_batch_size or rows, rows)
@@ -149,26 +167,24 @@ class Trainer:
         config, now, order = self._config, self.now, self._parts.order
         total = total_steps(config, order)
         validate_every = config.watch.validate_every or max(1, round(order.samples / config.optim.batch_size))
-        batches = training_batches(
-            self._parts.train,
-            order,
-            _shape(config),
-            self._world.rank,
-            self._world.size,
-            now.step,
-            config.data.num_workers,
+        read = training_batches(
+            self._parts.train, order, _shape(config), self._world.rank, self._world.size, now.step, self._workers
         )
         meter = Meter()
         stopped = False
-        with contextlib.closing(batches):
+        with contextlib.closing(read), prefetching(self._parts.train, order, now.step, self._world.rank) as prefetch:
+            batches = on_device(read if config.data.on_bad_sample == "skip" else map(refuse_faults, read), self._device)
             while now.step < total and not stopped:
-                batch = meter.wait_for(batches, self._device)
+                prefetch(now.step)
+                batch = meter.wait_for(batches)
+                self._readings.add(now.step, batch)
                 lr = learning_rate(config.optim, now.step, total, now.plateau)
                 with meter.stepping():
                     result = training_step(self._engine, self._backbone, batch, now.step, lr, self._settings)
                 now.step += 1
                 broken = not result.is_finite()
                 if now.step % config.watch.log_every == 0 or now.step == total or broken:
+                    self._flush_readings()
                     self._log.emit(meter.event(now.step, lr, result, config, order, self._world.size))
                 if broken:  # the watchers have been told; the state must not reach a checkpoint
                     raise UserError(
@@ -194,12 +210,7 @@ class Trainer:
         config, now, world = self._config, self.now, self._world
         t0 = time.time()
         batches = whole_split(
-            self._parts.val,
-            _shape(config),
-            config.optim.batch_size,
-            world.rank,
-            world.size,
-            config.data.num_workers,
+            self._parts.val, _shape(config), config.optim.batch_size, world.rank, world.size, self._workers
         )
         found = validate(self._engine, self._backbone, batches, self._settings)
         figures = share(found.figures)
@@ -212,12 +223,20 @@ class Trainer:
             now.best = {"step": now.step, "R@5": figures["R@5"]}
             self._save()
 
+    def _flush_readings(self) -> None:
+        """Brings the ledger up to date, and tells of damaged scenes."""
+        if skipped := self._readings.flush(self.now.step):
+            facts = {"count": len(skipped), "faults": [each.fault for each in skipped]}
+            self._log.emit(Event("bad_samples", self.now.step, time.time(), time.time(), facts))
+
     def _save(self) -> None:
         """Hands the whole state to the writer, unless this step has been saved."""
         now = self.now
         if now.step == self._saved_step:
             return
         t0 = time.time()
+        self._flush_readings()
+        self._readings.sync()  # before the checkpoint, so that none outruns the ledger
         state = self._engine.state()
         if self._world.rank == 0:
             facts = checkpoint_facts(self._config, self._parts.train.manifest, self._parts.backbone_hash, now)
@@ -227,15 +246,20 @@ class Trainer:
         self._log.emit(Event("checkpoint", now.step, t0, time.time()))
 
 
-def prepare(config: TrainConfig, speak: bool) -> Parts:
-    """Opens the data, builds the model, and finds what to go on from. `speak`: whether to print warnings.
+def prepare(config: TrainConfig, speak: bool, first_of_node: bool) -> Parts:
+    """Opens the data, builds the model, and finds what to go on from.
+
+    `speak`: whether to print warnings. `first_of_node`: whether to look if all shards are there, once a node.
 
     Raises UserError for anything that does not fit together.
     """
     read_deepspeed_config(config.engine.deepspeed_config or DEEPSPEED_CONFIG)  # the engine reads it again, too late
-    train_split, val_split = open_split(config.data_path, "train"), open_split(config.data_path, "val")
+    cache = ShardCache(config.data.cache_path, int(config.data.cache_gb * 1e9)) if config.data.cache_path else None
+    train_split, val_split = open_splits(config.data_path, ("train", "val"), cache)
     for split in (train_split, val_split):
         check_fits(split, config.data.max_program_len)
+        if first_of_node:
+            split.check_complete()
     if config.optim.batch_size > len(train_split):
         raise UserError(
             f"{config.data_path}: --batch_size {config.optim.batch_size} is larger than the train split's "
@@ -289,7 +313,7 @@ def _begin(config: TrainConfig, world: World, parts: Parts) -> Attempt | None:
     content = {
         "config": to_json(config),
         "data": {
-            "path": str(config.data_path),
+            "path": config.data_path,
             "fingerprint": manifest.fingerprint,
             "variant": manifest.variant,
             "split_rule": manifest.split_rule,
@@ -313,8 +337,8 @@ def _begin(config: TrainConfig, world: World, parts: Parts) -> Attempt | None:
     return attempt
 
 
-def _shape(config: TrainConfig) -> BatchShape:
-    return BatchShape(config.data.image_size, config.data.max_program_len)
+def _shape(config: TrainConfig) -> SceneShape:
+    return SceneShape(config.data.image_size, config.data.max_program_len)
 
 
 def _say_where(run: Path, finished: bool, stop: StopRequest) -> None:

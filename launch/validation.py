@@ -20,6 +20,7 @@ from nsi.loss import Rows, contrastive_sum
 from nsi.maxsim import maxsim
 from nsi.metrics.retrieval import retrieval, schema_groups
 from nsi.noise import KeyedNoise
+from shards.loader import refuse_faults
 
 VALIDATION_STEP = -1  # keys the slot noise of every validation and evaluation: no training step has this number
 SCENES_SHOWN = 8
@@ -42,7 +43,7 @@ def validate(engine: Engine, backbone: Backbone, batches: Iterable[Batch], setti
     sums_3 = torch.zeros(3, dtype=torch.float64)  # contrastive, reconstruction, scenes
     shown: tuple[torch.Tensor, torch.Tensor] | None = None
     with torch.no_grad():
-        for cpu_batch in batches:
+        for cpu_batch in map(refuse_faults, batches):
             batch = cpu_batch.to(_device(backbone, engine))
             features_BPF = backbone(batch.images_BCHW)
             noise = KeyedNoise(settings.seed, VALIDATION_STEP, batch.sample_ids_B)
@@ -62,7 +63,7 @@ def validate(engine: Engine, backbone: Backbone, batches: Iterable[Batch], setti
             kept.append(Rows(*(tensor[batch.rows_B].cpu() for tensor in rows)))
             labels.append((cpu_batch.labels_BT3[cpu_batch.rows_B], cpu_batch.positions_BT3[cpu_batch.rows_B]))
             if shown is None:
-                shown = (cpu_batch.images_BCHW[:SCENES_SHOWN], output.alphas_BNP[:SCENES_SHOWN].float().cpu())
+                shown = (cpu_batch.images_BCHW[:SCENES_SHOWN].clone(), output.alphas_BNP[:SCENES_SHOWN].float().cpu())
     engine.train()
     assert shown is not None
     contrastive_sum_all, reconstruction_sum, scenes = sum_over_ranks(sums_3).tolist()

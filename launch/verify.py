@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
 
 from launch.progress import progress
-from nsi.errors import UserError
-from shards.manifest import read_manifest
+from nsi.errors import UsageError, UserError
+from shards.dataset import load_manifest
+from shards.processes import process_pool
+from shards.storage import open_storage
 from shards.verify import verify
 
 
@@ -18,18 +19,21 @@ from shards.verify import verify
 class VerifyConfig:
     """Check a folder of shards: checksums, counts, vocabulary, and that every image and mask can be decoded."""
 
-    shards: tyro.conf.Positional[Path]
-    """Folder of shards, written by `nsi shard`."""
+    shards: tyro.conf.Positional[str]
+    """Folder of shards, written by `nsi shard`: a path, s3://bucket/folder or http(s)://host/folder."""
     workers: int = os.cpu_count() or 1
-    """Threads that read and decode."""
+    """Processes that read and decode."""
 
 
 def run(config: VerifyConfig) -> None:
     """Prints every fault, a line each. Raises UserError where there are any."""
-    manifest = read_manifest(config.shards)
+    if config.workers < 1:
+        raise UsageError("--workers must be at least 1")
+    storage = open_storage(config.shards)
+    manifest = load_manifest(storage)
     total = sum(manifest.samples(split) for split in manifest.splits)
-    with progress("verifying", total, unit="samples") as advance:
-        faults = verify(config.shards, max(1, config.workers), advance)
+    with process_pool(config.workers, config.shards) as pool, progress("verifying", total, unit="samples") as advance:
+        faults = verify(storage, pool, advance)
     for fault in faults:
         print(fault)
     if faults:

@@ -7,8 +7,19 @@ than rows; a row without a scene has `rows_B` False, sample id -1 and zeros else
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
+
+
+class Fault(NamedTuple):
+    """A scene that could not be read, whose row is empty for that reason."""
+
+    row: int
+    sample: int
+    shard: str
+    key: str
+    text: str  # what is wrong, with shard, key and offset
 
 
 @dataclass(frozen=True)
@@ -22,6 +33,8 @@ class Batch:
     positions_BT3: torch.Tensor  # float32 metres
     objects_BT: torch.Tensor  # bool, True where an object is real
     keys: tuple[str, ...]  # the scenes' keys as READ from the shards, "" where the row is empty
+    digests: tuple[int, ...] = ()  # 64 bits over what was READ of each row's scene, 0 where the row is empty
+    faults: tuple[Fault, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -29,11 +42,15 @@ class Batch:
 
     def select(self, rows: slice) -> Batch:
         """Some of the rows, as views."""
-        return replace(self._map(lambda tensor: tensor[rows]), keys=self.keys[rows])
+        part = self._map(lambda tensor: tensor[rows])
+        return replace(part, keys=self.keys[rows], digests=self.digests[rows], faults=())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by name."""
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def _map(self, change) -> Batch:
-        tensors = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "keys"}
-        return replace(self, **tensors)
+        return replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()})

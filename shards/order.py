@@ -13,6 +13,7 @@ Golden digests in the tests freeze the order for ever.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,21 +24,22 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _SHARDS_KEY, _SAMPLES_KEY = 1, 2  # two families of permutations from one seed
+_LAYOUTS_KEPT = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Order:
-    """The order of one split. `shard_samples` are the shards' sample counts in the manifest's order."""
+    """The order of one split. `shard_samples` are the shards' sample counts in the manifest's order, (S,) int64."""
 
-    shard_samples: tuple[int, ...]
+    shard_samples: Sequence[int] | np.ndarray
     seed: int
     batch_size: int
     block_shards: int = BLOCK_SHARDS
 
-    @property
+    @functools.cached_property
     def samples(self) -> int:
         """n, the length of an epoch in samples."""
-        return sum(self.shard_samples)
+        return int(self._counts_S.sum())
 
     def epoch(self, step: int) -> float:
         """How many epochs lie before a step, with the fraction."""
@@ -45,13 +47,84 @@ class Order:
 
     def batch(self, step: int) -> np.ndarray:
         """Sample ids of a step's global batch: (G,) int64, places in the split."""
-        positions_G = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
-        epochs_G, places_G = np.divmod(positions_G, self.samples)
-        ids_G = np.empty(self.batch_size, np.int64)
-        for epoch in np.unique(epochs_G):
-            here = epochs_G == epoch
-            ids_G[here] = _epoch_samples(self.shard_samples, self.seed, self.block_shards, int(epoch), places_G[here])
-        return ids_G
+        return self.ids(np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64))
+
+    def ids(self, positions: np.ndarray) -> np.ndarray:
+        """Sample ids at some positions of the endless sequence; both (P,) int64."""
+        epochs_P, places_P = np.divmod(positions, self.samples)
+        ids_P = np.empty(len(positions), np.int64)
+        for epoch in np.unique(epochs_P):
+            here = epochs_P == epoch
+            ids_P[here] = self._layout(int(epoch)).ids(places_P[here])
+        return ids_P
+
+    def blocks(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shards (places in the manifest, int64) of the block that a step's batch begins in, and of the next one."""
+        epoch, place = divmod(step * self.batch_size, self.samples)
+        layout = self._layout(epoch)
+        block = layout.block_of(place)
+        if block + 1 < layout.blocks:
+            return layout.shards_of(block), layout.shards_of(block + 1)
+        return layout.shards_of(block), self._layout(epoch + 1).shards_of(0)
+
+    @functools.cached_property
+    def _counts_S(self) -> np.ndarray:
+        return np.asarray(self.shard_samples, np.int64)
+
+    @functools.cached_property
+    def _offsets_S(self) -> np.ndarray:
+        """The sample id at which each shard begins."""
+        return np.concatenate(([0], np.cumsum(self._counts_S)[:-1]))
+
+    @functools.cached_property
+    def _layouts(self) -> dict[int, EpochLayout]:
+        return {}
+
+    def _layout(self, epoch: int) -> EpochLayout:
+        """An epoch's layout. The last few are kept, since a batch may cross an epoch's edge."""
+        if epoch not in self._layouts:
+            while len(self._layouts) >= _LAYOUTS_KEPT:
+                self._layouts.pop(next(iter(self._layouts)))
+            self._layouts[epoch] = _lay_out(self._counts_S, self._offsets_S, self.seed, self.block_shards, epoch)
+        return self._layouts[epoch]
+
+
+@dataclass(frozen=True, eq=False)
+class EpochLayout:
+    """One epoch: its shards in order, where each begins in the epoch, and where in the split."""
+
+    shards_S: np.ndarray
+    begins_S1: np.ndarray
+    offsets_S: np.ndarray  # of the shards in this epoch's order
+    block_begins: np.ndarray
+    block_shards: int
+    seed: int
+    epoch: int
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the epoch has."""
+        return len(self.block_begins) - 1
+
+    def block_of(self, place: int) -> int:
+        """The block in which a place of the epoch lies."""
+        return int(np.searchsorted(self.block_begins, place, side="right")) - 1
+
+    def shards_of(self, block: int) -> np.ndarray:
+        """The shards of a block."""
+        return self.shards_S[block * self.block_shards : (block + 1) * self.block_shards]
+
+    def ids(self, places_P: np.ndarray) -> np.ndarray:
+        """Sample ids at some places of the epoch."""
+        blocks_P = np.searchsorted(self.block_begins, places_P, side="right") - 1
+        mixed_P = np.empty_like(places_P)
+        for block in np.unique(blocks_P):
+            here = blocks_P == block
+            begin, end = self.block_begins[block], self.block_begins[block + 1]
+            key = (self.seed, self.epoch, _SAMPLES_KEY, int(block))
+            mixed_P[here] = begin + permute(places_P[here] - begin, int(end - begin), *key)
+        nth_P = np.searchsorted(self.begins_S1, mixed_P, side="right") - 1
+        return self.offsets_S[nth_P] + mixed_P - self.begins_S1[nth_P]
 
 
 def rank_rows(batch_size: int, rank: int, world: int) -> slice:
@@ -106,29 +179,8 @@ def _key(*parts: int) -> np.uint64:
     return state[0]
 
 
-@functools.lru_cache(maxsize=4)
-def _epoch_layout(
-    shard_samples: tuple[int, ...], seed: int, block_shards: int, epoch: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """An epoch's shards in order (S,), where each begins in the epoch (S + 1,), and in the split (S,)."""
-    counts_S = np.asarray(shard_samples, np.int64)
+def _lay_out(counts_S: np.ndarray, offsets_S: np.ndarray, seed: int, block_shards: int, epoch: int) -> EpochLayout:
     shards_S = permute(np.arange(len(counts_S)), len(counts_S), seed, epoch, _SHARDS_KEY)
     begins_S1 = np.concatenate(([0], np.cumsum(counts_S[shards_S])))
-    offsets_S = np.concatenate(([0], np.cumsum(counts_S)[:-1]))
-    return shards_S, begins_S1, offsets_S
-
-
-def _epoch_samples(
-    shard_samples: tuple[int, ...], seed: int, block_shards: int, epoch: int, places: np.ndarray
-) -> np.ndarray:
-    """Sample ids at the given places of an epoch."""
-    shards_S, begins_S1, offsets_S = _epoch_layout(shard_samples, seed, block_shards, epoch)
     block_begins = np.append(begins_S1[:-1:block_shards], begins_S1[-1])
-    blocks = np.searchsorted(block_begins, places, side="right") - 1
-    mixed = np.empty_like(places)
-    for block in np.unique(blocks):
-        here = blocks == block
-        begin, end = block_begins[block], block_begins[block + 1]
-        mixed[here] = begin + permute(places[here] - begin, int(end - begin), seed, epoch, _SAMPLES_KEY, int(block))
-    nth = np.searchsorted(begins_S1, mixed, side="right") - 1
-    return offsets_S[shards_S[nth]] + mixed - begins_S1[nth]
+    return EpochLayout(shards_S, begins_S1, offsets_S[shards_S], block_begins, block_shards, seed, epoch)

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from typing import Literal, TypeVar
 
 from nsi.errors import UserError
+from shards.sources.scene import Scene
 
-SplitRule = Literal["official", "reference"]
+SplitRule = Literal["official", "reference", "test"]
 SPLITS = ("train", "val", "test")
+OWN = "own"  # what a manifest says where the source had splits of its own
+_OUT_OF_DISTRIBUTION = ("outd", "ood")  # the variant that is published without a split: all of it is for testing
 
 # Each rule lists (split, share) in the order of the scenes' indices.
 # official: CLEVRTex (Karazija et al. 2021). reference: the public NSI code, whose train split holds the official test.
@@ -20,6 +23,18 @@ _RULES: dict[str, tuple[tuple[str, float], ...]] = {
 Item = TypeVar("Item")
 
 
+def split_scenes(scenes: Sequence[Scene], rule: SplitRule) -> tuple[str, dict[str, Sequence[Scene]]]:
+    """Scenes, sorted by index, in their splits; first the rule that was followed in the end.
+
+    A source that has splits keeps them. Raises UserError for too few scenes.
+    """
+    if scenes[0].split:
+        return OWN, {name: part for name in SPLITS if (part := [scene for scene in scenes if scene.split == name])}
+    if rule == "test" or (rule == "official" and scenes[0].variant in _OUT_OF_DISTRIBUTION):
+        return "test", {"test": scenes}
+    return rule, split_by_rank(scenes, rule)
+
+
 def split_by_rank(items: Sequence[Item], rule: SplitRule) -> dict[str, Sequence[Item]]:
     """Cuts items, sorted by index, into the three splits; every split gets at least one.
 
@@ -27,7 +42,7 @@ def split_by_rank(items: Sequence[Item], rule: SplitRule) -> dict[str, Sequence[
     """
     count = len(items)
     if count < len(SPLITS):
-        raise UserError(f"{count} scenes cannot fill the splits train, val and test: give at least 3")
+        raise UserError(f"{count} scenes cannot fill the splits train, val and test: give at least 3, or --splits test")
     cuts = [0]
     total = 0.0
     shares = _RULES[rule]

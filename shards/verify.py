@@ -2,121 +2,195 @@
 
 from __future__ import annotations
 
+import hashlib
+import mmap
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
+from concurrent.futures import Executor
+from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 
 from nsi.errors import UserError
 from nsi.schema import Vocabulary
-from shards.decode import decode_image, decode_mask, decode_schema
-from shards.index import MEMBERS, build_index, index_path, read_index
-from shards.manifest import Manifest, Shard, read_manifest
-from shards.write import UNFINISHED, file_sha256
+from shards.dataset import DECODING_ERRORS, index_name, load_manifest
+from shards.decode import decode_image_frame, decode_mask
+from shards.index import MEMBERS, build_index, parse_index
+from shards.manifest import Manifest, Shard
+from shards.processes import as_they_end
+from shards.schema_json import SceneSchema, decode_facts, decode_schema
+from shards.storage import Storage
+from shards.write import UNFINISHED
 
 
-def verify(folder: Path, workers: int, report: Callable[[int], None]) -> list[str]:
+def verify(storage: Storage, pool: Executor, report: Callable[[int], None]) -> list[str]:
     """Every fault in a folder of shards, a line each; none where all is well.
 
-    Reads each tar and index whole, compares checksums, counts and keys with the manifest, and decodes every member.
-    `report` is told how many samples are done. Raises UserError where there is no manifest to check against.
+    Reads each tar and index whole and once, compares checksums, counts and keys with the manifest, and decodes every
+    member. `report` is told how many samples are done. Raises UserError where there is no manifest to check against.
     """
-    manifest = read_manifest(folder)
-    listed = [shard for shards in manifest.splits.values() for shard in shards]
-    faults: list[str] = _strangers(folder, listed)
+    manifest = load_manifest(storage)
+    facts = _Expected(manifest.image_size, manifest.mask_size, manifest.max_objects, manifest.vocabulary)
+    jobs = [_Job(storage, shard, facts) for table in manifest.splits.values() for shard in table]
+    faults = _strangers(storage, manifest)
     keys: dict[str, str] = {}
     done = 0
-    with ThreadPoolExecutor(workers) as pool:
-        tasks = {pool.submit(_verify_shard, folder, shard, manifest): shard for shard in listed}
-        for task in as_completed(tasks):
-            shard = tasks[task]
-            found_keys, found_faults = task.result()
-            faults += found_faults
-            for key in found_keys:
-                if key in keys:
-                    faults.append(f"{folder / shard.name}: sample {key} is also in {keys[key]}")
-                keys[key] = shard.name
-            done += shard.samples
-            report(done)
+    for shard, found_keys, found_faults in as_they_end(pool, _verify_shard, jobs):
+        faults += found_faults
+        for key in found_keys:
+            if key in keys:
+                faults.append(f"{storage.where(shard.name)}: sample {key} is also in {keys[key]}")
+            keys[key] = shard.name
+        done += shard.samples
+        report(done)
     return sorted(faults)
 
 
-def _strangers(folder: Path, listed: list[Shard]) -> list[str]:
+class _Expected(NamedTuple):
+    """What the manifest says of every sample."""
+
+    image_size: tuple[int, int]
+    mask_size: tuple[int, int] | None
+    max_objects: int
+    vocabulary: Vocabulary
+
+
+class _Job(NamedTuple):
+    storage: Storage
+    shard: Shard
+    expected: _Expected
+
+
+def _strangers(storage: Storage, manifest: Manifest) -> list[str]:
     """Tars that the manifest does not know, and traces of a run that has not finished."""
-    known = {shard.name for shard in listed}
+    if not storage.is_local:
+        return []
+    known = {shard.name for table in manifest.splits.values() for shard in table}
+    folder = storage.path("")
     faults = [f"{path}: not in the manifest" for path in folder.glob("*.tar") if path.name not in known]
     if (folder / UNFINISHED).exists():
         faults.append(f"{folder / UNFINISHED}: a run of `nsi shard` has not finished; run it again")
     return faults
 
 
-def _verify_shard(folder: Path, shard: Shard, manifest: Manifest) -> tuple[list[str], list[str]]:
+def _verify_shard(job: _Job) -> tuple[Shard, list[str], list[str]]:
     """The keys of one shard, and its faults."""
-    tar = folder / shard.name
+    storage, shard, expected = job
+    where = storage.where(shard.name)
     try:
-        faults = list(_file_faults(tar, shard))
-        if faults:
-            return [], faults
-        index = build_index(tar)
-        if not np.array_equal(index, read_index(index_path(tar))):
-            return [], [f"{index_path(tar)}: does not fit its tar"]
-        if len(index) != shard.samples:
-            return [], [f"{tar}: has {len(index)} samples, the manifest says {shard.samples}"]
+        data = _read(storage, shard.name)
+        index = storage.read(index_name(shard.name))
     except UserError as error:
-        return [], [str(error)]
-    with tar.open("rb") as file:
-        for record in index:
-            members = {}
-            for member in MEMBERS:
-                file.seek(int(record[member]["offset"]))
-                members[member] = file.read(int(record[member]["size"]))
+        return shard, [], [str(error)]
+    if hashlib.sha256(index).hexdigest() != shard.index_sha256:
+        name = storage.where(index_name(shard.name))
+        return shard, [], [f"{name}: is not the index that was written (sha256 differs from the manifest)"]
+    records = parse_index(index, storage.where(index_name(shard.name)))
+    faults = [] if len(records) == shard.samples else [_miscounted(where, len(records), shard)]
+    if hashlib.sha256(data).hexdigest() != shard.sha256:
+        faults += _damage(where, data, records, shard)
+    else:
+        faults += _misfits(where, data, records, storage)
+    for record in records:
+        key = record["key"].decode()
+        members = {member: _member(data, record, member) for member in MEMBERS}
+        if all(xxhash.xxh3_64_intdigest(members[member]) == record[member]["xxh3"] for member in MEMBERS):
             faults += [
-                f"{tar}: {record['key'].decode()} at offset {int(record['image']['offset'])}: {fault}"
-                for fault in _sample_faults(record["key"].decode(), members, manifest)
+                f"{where}: {key} at offset {int(record['image']['offset'])}: {fault}"
+                for fault in _sample_faults(key, members, expected)
             ]
-    return [record["key"].decode() for record in index], faults
+    return shard, [record["key"].decode() for record in records], faults
 
 
-def _file_faults(tar: Path, shard: Shard) -> Iterator[str]:
-    for path, sha256 in ((tar, shard.sha256), (index_path(tar), shard.index_sha256)):
-        if not path.exists():
-            yield f"{path}: missing"
-        elif file_sha256(path) != sha256:
-            yield f"{path}: its bytes are not those that were written (sha256 differs from the manifest)"
-
-
-def _sample_faults(key: str, members: dict[str, bytes], manifest: Manifest) -> Iterator[str]:
-    width, height = manifest.image_size
+def _read(storage: Storage, name: str) -> memoryview:
+    """A whole shard. Raises UserError where it cannot be read."""
+    if not storage.is_local:
+        return memoryview(storage.read(name))
+    path = storage.path(name)
     try:
-        decode_image(members["image"], min(width, height))
-    except (OSError, ValueError, SyntaxError) as error:
+        with path.open("rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing") from None
+    except ValueError:
+        raise UserError(f"{path}: is empty") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _miscounted(where: str, count: int, shard: Shard) -> str:
+    return f"{where}: its index lists {count} samples, the manifest {shard.samples}"
+
+
+def _damage(where: str, data: memoryview, records: np.ndarray, shard: Shard) -> list[str]:
+    """Where a tar differs from what was written: its members, as far as they tell, else the bytes between them."""
+    faults = [f"{where}: its bytes are not those that were written (sha256 differs from the manifest)"]
+    if len(data) != shard.bytes:
+        faults.append(f"{where}: has {len(data)} bytes, the manifest says {shard.bytes}")
+    broken = [
+        f"{where}: {member} of {record['key'].decode()} at offset {int(record[member]['offset'])} "
+        "does not have its checksum"
+        for record in records
+        for member in MEMBERS
+        if xxhash.xxh3_64_intdigest(_member(data, record, member)) != record[member]["xxh3"]
+    ]
+    if not broken and len(data) == shard.bytes:
+        faults.append(f"{where}: all samples are whole, so a header or the padding between them is damaged")
+    return faults + broken
+
+
+def _misfits(where: str, data: memoryview, records: np.ndarray, storage: Storage) -> list[str]:
+    try:
+        fits = np.array_equal(build_index(where, data), records)
+    except UserError as error:
+        return [str(error)]
+    return [] if fits else [f"{where}: its index does not fit it"]
+
+
+def _member(data: memoryview, record: Any, member: str) -> bytes:
+    offset, size = int(record[member]["offset"]), int(record[member]["size"])
+    return bytes(data[offset : offset + size])
+
+
+def _sample_faults(key: str, members: dict[str, bytes], expected: _Expected) -> Iterator[str]:
+    try:
+        yield from _size_fault("image", decode_image_frame(members["image"]), expected.image_size)
+    except DECODING_ERRORS as error:
         yield f"the image cannot be decoded ({error})"
     try:
-        schema = decode_schema(members["json"])
-    except (ValueError, KeyError, TypeError) as error:
+        schema, facts = decode_schema(members["json"]), decode_facts(members["json"])
+    except DECODING_ERRORS as error:
         yield f"the schema cannot be read ({error})"
         return
     if schema.key != key:
         yield f"the schema is that of {schema.key}"
-    if len(schema.primitives) > manifest.max_objects:
-        yield f"has {len(schema.primitives)} objects, the manifest says at most {manifest.max_objects}"
-    if not _in_vocabulary(schema, manifest.vocabulary):
+    if len(schema.primitives) > expected.max_objects:
+        yield f"has {len(schema.primitives)} objects, the manifest says at most {expected.max_objects}"
+    if not _in_vocabulary(schema, facts, expected.vocabulary):
         yield "has an id that the vocabulary lacks, or one that its own names contradict"
+    if not members["mask"]:
+        if expected.mask_size:
+            yield "has no mask"
+        return
     try:
         mask_HW = decode_mask(members["mask"])
-    except (OSError, ValueError, SyntaxError) as error:
+    except DECODING_ERRORS as error:
         yield f"the mask cannot be decoded ({error})"
         return
-    if mask_HW.shape != (height, width):
-        yield f"the mask is {mask_HW.shape[1]}x{mask_HW.shape[0]}, not {width}x{height}"
+    yield from _size_fault("mask", mask_HW, expected.mask_size)
     if int(mask_HW.max(initial=0)) > len(schema.primitives):
         yield f"the mask has object {int(mask_HW.max())}, the schema only {len(schema.primitives)}"
 
 
-def _in_vocabulary(schema, vocabulary: Vocabulary) -> bool:
+def _size_fault(what: str, pixels: np.ndarray, size: tuple[int, int] | None) -> Iterator[str]:
+    height, width = pixels.shape[:2]
+    if size and (width, height) != size:
+        yield f"the {what} is {width}x{height}, not {size[0]}x{size[1]}"
+
+
+def _in_vocabulary(schema: SceneSchema, facts: dict[str, Any], vocabulary: Vocabulary) -> bool:
     try:
-        named = [vocabulary.encode(o["size"], o["shape"], o["material"]) for o in schema.facts["objects"]]
+        named = [vocabulary.encode(o["size"], o["shape"], o["material"]) for o in facts["objects"]]
     except (UserError, KeyError, TypeError):
         return False
     return named == [(p.size, p.shape, p.material) for p in schema.primitives]

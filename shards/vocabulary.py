@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from importlib import resources
 
 from nsi.errors import UserError
-from nsi.schema import Vocabulary
-from shards.scenes import SceneSummary
+from nsi.schema import LABELS, Vocabulary
+from shards.sources.listing import Names
 
 KNOWN_SIZES = frozenset({"small", "medium", "large"})
 KNOWN_SHAPES = frozenset({"cube", "cylinder", "sphere", "monkey", "cone", "icosahedron", "torus", "teapot"})
@@ -20,27 +19,16 @@ def known_materials() -> frozenset[str]:
     return frozenset(name for names in json.loads(text).values() for name in names)
 
 
-def build_vocabulary(scenes: Iterable[SceneSummary]) -> Vocabulary:
+def build_vocabulary(names: Names) -> Vocabulary:
     """The sorted names that occur in the scenes.
 
     Raises UserError naming the file of the first scene with a name that CLEVRTex does not have.
     """
-    materials = known_materials()
-    sizes_seen: set[str] = set()
-    shapes_seen: set[str] = set()
-    materials_seen: set[str] = set()
-    for scene in scenes:
-        for label, names, known in (
-            ("size", scene.sizes, KNOWN_SIZES),
-            ("shape", scene.shapes, KNOWN_SHAPES),
-            ("material", scene.materials, materials),
-        ):
-            if unknown := sorted(names - known):
-                raise UserError(
-                    f"{scene.files.json}: unknown {label} {unknown[0]!r}; CLEVRTex has no such name, "
-                    "so mend the file or remove its scene"
-                )
-        sizes_seen |= scene.sizes
-        shapes_seen |= scene.shapes
-        materials_seen |= scene.materials
-    return Vocabulary.of(sizes_seen, shapes_seen, materials_seen)
+    known = (KNOWN_SIZES, KNOWN_SHAPES, known_materials())
+    for label, seen, allowed in zip(LABELS, names, known, strict=True):
+        if unknown := sorted(set(seen) - allowed):
+            raise UserError(
+                f"{seen[unknown[0]]}: unknown {label} {unknown[0]!r}; CLEVRTex has no such name, "
+                "so mend the file or remove its scene"
+            )
+    return Vocabulary.of(*names)

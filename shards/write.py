@@ -1,238 +1,294 @@
-"""Writes raw scenes as shards: first every scene is checked, then every shard is written, then the manifest.
+"""Writes surveyed scenes as shards, all of them or one part of many, and the manifest last.
 
     OUT/train-000000.tar        samples, readable by plain webdataset
     OUT/train-000000.index.npy  where each member lies, and its checksum
     OUT/manifest.json           written last: a folder that has it is complete
-    OUT/.unfinished/            what is done so far, while a run is on its way
+    OUT/.unfinished/            what is done so far, while a run is on its way: a note a shard, and what is planned
 
-A shard's bytes depend on its scenes alone, so any number of workers, and a run that was cut and started again,
-give the same folder.
+A shard's bytes depend on its scenes alone. So any number of workers, of parts, of machines and of interruptions give
+the same folder.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from nsi.errors import UserError
 from nsi.schema import Vocabulary
-from shards.index import JSON_SUFFIX, MASK_SUFFIX, build_index, index_path, write_index
-from shards.manifest import MANIFEST, Manifest, Shard, read_manifest, write_manifest
-from shards.scenes import SceneSummary, check_distinct, find_scene_jsons, read_bytes, read_scene_json, summarise_scene
-from shards.splits import SplitRule, split_by_rank
-from shards.vocabulary import build_vocabulary
+from shards.cut import Plan, Settings, ShardPlan, cut, scenes_digest
+from shards.index import index_path
+from shards.manifest import MANIFEST, Manifest, Shard, ShardTable, read_manifest, write_manifest
+from shards.pack import TEMPORARY, Job, Packed, pack_shard, remove_leftovers, temporary_mark
+from shards.processes import as_they_end
+from shards.survey import Survey
 
 UNFINISHED = ".unfinished"
+_PLAN = "plan.json"
+_SYNCERS = 2  # shards that are written to the disk while the next ones are packed
 Report = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class ShardPlan:
-    """One shard that is to be written."""
+class Part:
+    """One of many that write a folder together: every `count`-th shard, beginning with number `number` from 1."""
 
-    name: str
-    scenes: tuple[SceneSummary, ...]
+    number: int = 1
+    count: int = 1
+
+    def share(self, shards: Sequence[Any]) -> Sequence[Any]:
+        """What this part writes."""
+        return shards[self.number - 1 :: self.count]
 
 
-def survey(source: Path, workers: int, report: Report) -> list[SceneSummary]:
-    """Reads and checks every scene below a folder; sorted by index. `report` is told how many are done.
+@dataclass(frozen=True)
+class Note:
+    """A finished shard: what it was made of, and what the manifest has to say of it."""
 
-    Raises UserError for the first scene, in the order of the paths, that is not usable.
-    """
-    paths = find_scene_jsons(source)
-    scenes = []
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for scene in pool.map(summarise_scene, paths):
-                scenes.append(scene)
-                report(len(scenes))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    check_distinct(scenes)
-    _check_uniform(scenes)
-    return sorted(scenes, key=lambda scene: scene.index)
+    scenes: str
+    shard: Shard
+    image_size: tuple[int, int]
+    mask_size: tuple[int, int] | None
+    objects: int
+
+
+def check_target(out: Path) -> None:
+    """Raises UserError where OUT is there and holds something else than shards, before anything is read."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; choose a folder to write the shards to")
+    ours = (out / UNFINISHED).exists() or (out / MANIFEST).exists()
+    if out.exists() and not ours and any(out.iterdir()):
+        raise UserError(f"{out}: is not empty and holds no shards; choose another folder")
 
 
 def write_shards(
-    scenes: Sequence[SceneSummary], out: Path, rule: SplitRule, shard_samples: int, workers: int, report: Report
-) -> Manifest:
-    """Writes the shards of surveyed scenes and, last, the manifest. `report` is told how many scenes are done.
+    survey: Survey, settings: Settings, out: Path, pool: Executor, report: Report, part: Part | None = None
+) -> Manifest | None:
+    """Writes the shards of surveyed scenes and, last, the manifest; with a `part` its shards alone and no manifest.
 
-    A run that was cut is continued; a folder that is complete is left as it is. Raises UserError where the folder
-    holds anything else, or where it cannot be written.
+    A run that was cut is continued; a folder that is complete is left as it is. `report` is told how many scenes are
+    done. Raises UserError where the folder holds anything else, where scenes are damaged, or where it cannot be
+    written.
     """
-    vocabulary = build_vocabulary(scenes)
-    splits = split_by_rank(scenes, rule)
-    plans = {split: _plan(split, part, shard_samples) for split, part in splits.items()}
-    source = _source_digest(scenes, rule, shard_samples)
-    if _is_complete(out, source):
-        report(len(scenes))
-        return read_manifest(out)
+    plan = cut(survey, settings)
+    if (out / MANIFEST).exists():
+        manifest = read_manifest(out)
+        if manifest.source != plan.digest:
+            raise UserError(f"{out}: holds the shards of other scenes or settings; choose another folder")
+        report(sum(len(shard.scenes) for shard in plan.shards))
+        return manifest
     try:
-        notes = _open_folder(out, source)
-        done: dict[str, Shard] = {}
-        finished = 0
-        with ThreadPoolExecutor(workers) as pool:
-            tasks = {
-                pool.submit(_write_shard, out, notes, plan, vocabulary): plan
-                for part in plans.values()
-                for plan in part
-            }
-            try:
-                for task in as_completed(tasks):
-                    plan = tasks[task]
-                    done[plan.name] = task.result()
-                    finished += len(plan.scenes)
-                    report(finished)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        write_manifest(
-            out,
-            Manifest(
-                variant=scenes[0].variant,
-                image_size=scenes[0].image_size,
-                max_objects=max(scene.objects for scene in scenes),
-                transform="none",
-                split_rule=rule,
-                source=source,
-                vocabulary=vocabulary,
-                splits={split: tuple(done[plan.name] for plan in part) for split, part in plans.items()},
-            ),
+        notes = _open_folder(out, survey, settings, plan, part)
+        mine = part.share(plan.shards) if part else plan.shards
+        _write_missing(out, notes, mine, survey.vocabulary, settings, pool, report)
+        return None if part else merge_shards(out)
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+
+
+def merge_shards(out: Path) -> Manifest:
+    """Writes the manifest over the shards of all parts. Raises UserError, naming them, where some are missing."""
+    if (out / MANIFEST).exists():
+        return read_manifest(out)
+    notes = out / UNFINISHED
+    try:
+        plan = json.loads((notes / _PLAN).read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{out}: holds no parts; write them with `nsi shard SOURCE {out} --part 1/N` ...") from None
+    done = [_read_note(out, notes, name, scenes) for name, scenes in plan["shards"]]
+    _check_all_there(out, plan, done)
+    whole = [note for note in done if note]
+    first = whole[0]
+    for note in whole:
+        if (note.image_size, note.mask_size) != (first.image_size, first.mask_size):
+            raise UserError(
+                f"{out / note.shard.name}: its pictures are {note.image_size[0]}x{note.image_size[1]}, those of "
+                f"{first.shard.name} {first.image_size[0]}x{first.image_size[1]}; shard each data set on its own"
+            )
+    try:
+        manifest = Manifest(
+            variant=plan["variant"],
+            image_size=first.image_size,
+            mask_size=first.mask_size,
+            max_objects=max(note.objects for note in whole),
+            transform=plan["transform"],
+            split_rule=plan["split_rule"],
+            source=plan["digest"],
+            vocabulary=Vocabulary(**{name: tuple(names) for name, names in plan["vocabulary"].items()}),
+            splits={
+                split: ShardTable.of(split, [note.shard for note in whole if _split_of(note.shard.name) == split])
+                for split in dict.fromkeys(_split_of(note.shard.name) for note in whole)
+            },
         )
+        _remove_strangers(out, notes, {note.shard.name for note in whole})
+        write_manifest(out, manifest)
+        _sync_folder(out)
         shutil.rmtree(notes)
     except OSError as error:
-        raise UserError(
-            f"{error.filename or out}: cannot be written ({error.strerror}); mend that and run the same command again, "
-            "it continues where it stopped"
-        ) from error
+        raise _cannot_write(out, error) from error
     return read_manifest(out)
 
 
-def encode_schema(facts: dict, key: str, vocabulary: Vocabulary) -> bytes:
-    """`KEY.json` of a shard: the schema as ids, and all that the scene's own JSON says, unchanged."""
-    objects = []
-    for item in facts["objects"]:
-        size, shape, material = vocabulary.encode(item["size"], item["shape"], item["material"])
-        objects.append({"size": size, "shape": shape, "material": material, "position": item["3d_coords"]})
-    content = {"key": key, "index": facts["image_index"], "objects": objects, "scene": facts}
-    return json.dumps(content, separators=(",", ":")).encode()
+def _write_missing(
+    out: Path,
+    notes: Path,
+    shards: Sequence[ShardPlan],
+    vocabulary: Vocabulary,
+    settings: Settings,
+    pool: Executor,
+    report: Report,
+) -> None:
+    digests = {shard.name: scenes_digest(shard.scenes) for shard in shards}
+    missing = [shard for shard in shards if not _read_note(out, notes, shard.name, digests[shard.name])]
+    done = sum(len(shard.scenes) for shard in shards) - sum(len(shard.scenes) for shard in missing)
+    report(done)
+    jobs = [Job(str(out), shard, vocabulary, settings.transform) for shard in missing]
+    # The disk is waited for here, by threads, so that the workers pack the next shards meanwhile.
+    with ThreadPoolExecutor(_SYNCERS) as syncers:
+        waiting: list[Future[int]] = []
+        for packed in as_they_end(pool, pack_shard, jobs):
+            waiting.append(syncers.submit(_finish, out, notes, packed, digests[packed.shard.name]))
+            for finished in [each for each in waiting if each.done()]:
+                waiting.remove(finished)
+                done += finished.result()
+                report(done)
+        for each in waiting:
+            done += each.result()
+            report(done)
 
 
-def _write_shard(out: Path, notes: Path, plan: ShardPlan, vocabulary: Vocabulary) -> Shard:
-    """Writes one tar and its index, or recognises that an earlier run has done so."""
-    tar = out / f"{plan.name}.tar"
-    note = notes / f"{plan.name}.json"
-    if note.exists():  # written last, so tar and index are whole
-        return Shard(**json.loads(note.read_text()))
-    temporary = tar.with_name(tar.name + ".tmp")
-    # webdataset imports torch (3 s), and the surveys that fail should fail at once.
-    from webdataset.writer import TarWriter
-
-    with temporary.open("wb") as file:
-        # Fixed time, owner and mode: the same scenes give the same bytes.
-        writer = TarWriter(file, encoder=False, mtime=0, user="nsi", group="nsi")
-        for scene in plan.scenes:
-            writer.write(_sample(scene, vocabulary))
-        writer.close()
-        file.flush()
-        os.fsync(file.fileno())
-    index = build_index(temporary)
-    write_index(index_path(tar), index)
-    temporary.rename(tar)
-    shard = Shard(tar.name, len(plan.scenes), tar.stat().st_size, file_sha256(tar), file_sha256(index_path(tar)))
-    _write_text(note, json.dumps(asdict(shard)))
-    return shard
+def _finish(out: Path, notes: Path, packed: Packed, scenes: str) -> int:
+    """Syncs a packed shard and gives it its name; the note is last, so tar and index are whole. Returns its samples."""
+    tar_path = out / packed.shard.name
+    file = os.open(packed.temporary, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+    _write(index_path(tar_path), packed.index, sync=True)
+    os.rename(packed.temporary, tar_path)
+    note = Note(scenes, packed.shard, packed.image_size, packed.mask_size, packed.objects)
+    _write(notes / f"{packed.shard.name}.json", json.dumps(asdict(note)).encode(), sync=False)
+    return packed.shard.samples
 
 
-def _sample(scene: SceneSummary, vocabulary: Vocabulary) -> dict[str, object]:
-    files = scene.files
-    return {
-        "__key__": files.key,
-        files.image.suffix[1:]: read_bytes(files.image),
-        MASK_SUFFIX: read_bytes(files.mask),
-        JSON_SUFFIX: encode_schema(read_scene_json(files.json), files.key, vocabulary),
-    }
+def _read_note(out: Path, notes: Path, name: str, scenes: str) -> Note | None:
+    """The note of a shard that is done; None where it is not, or was made of other scenes."""
+    try:
+        content = json.loads((notes / f"{name}.json").read_text())
+        note = Note(
+            content["scenes"],
+            Shard(*content["shard"]),
+            tuple(content["image_size"]),
+            tuple(content["mask_size"]) if content["mask_size"] else None,
+            content["objects"],
+        )
+        whole = (out / name).stat().st_size == note.shard.bytes and index_path(out / name).exists()
+    except (OSError, ValueError, KeyError, TypeError):  # not written yet, or torn by a crash of the machine
+        return None
+    return note if whole and note.scenes == scenes else None
 
 
-def _plan(split: str, scenes: Sequence[SceneSummary], shard_samples: int) -> list[ShardPlan]:
-    starts = range(0, len(scenes), shard_samples)
-    return [
-        ShardPlan(f"{split}-{number:06d}", tuple(scenes[start : start + shard_samples]))
-        for number, start in enumerate(starts)
-    ]
-
-
-def _check_uniform(scenes: Iterable[SceneSummary]) -> None:
-    """Raises UserError where scenes differ in variant or image size: two data sets in one folder."""
-    first: SceneSummary | None = None
-    for scene in scenes:
-        first = first or scene
-        for label, ours, theirs in (
-            ("variant", scene.variant, first.variant),
-            ("image size", scene.image_size, first.image_size),
-        ):
-            if ours != theirs:
-                raise UserError(
-                    f"{scene.files.json}: {label} {ours}, but {first.files.json.name} has {theirs}; "
-                    "shard each data set from a folder of its own"
-                )
-
-
-def _source_digest(scenes: Iterable[SceneSummary], rule: SplitRule, shard_samples: int) -> str:
-    """A digest over what decides the shards' content: the JSONs, and the pictures' sizes, so as not to read them."""
-    digest = hashlib.sha256(f"{rule} {shard_samples}".encode())
-    for scene in scenes:
-        sizes = [path.stat().st_size for path in (scene.files.json, scene.files.image, scene.files.mask)]
-        digest.update(f"{scene.files.key} {scene.digest} {sizes}\n".encode())
-    return digest.hexdigest()
-
-
-def _is_complete(out: Path, source: str) -> bool:
-    if not (out / MANIFEST).exists():
-        return False
-    if read_manifest(out).source != source:
-        raise UserError(f"{out}: holds the shards of other scenes or settings; choose another folder")
-    return True
-
-
-def _open_folder(out: Path, source: str) -> Path:
-    """Makes or continues OUT and returns its folder of notes."""
+def _open_folder(out: Path, survey: Survey, settings: Settings, plan: Plan, part: Part | None) -> Path:
+    """Makes or continues OUT and returns its folder of notes. Raises UserError where something else is there."""
+    check_target(out)
     notes = out / UNFINISHED
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; choose a folder to write the shards to")
-    if out.exists() and any(out.iterdir()) and not notes.exists():
-        raise UserError(f"{out}: is not empty and holds no shards; choose another folder")
     notes.mkdir(parents=True, exist_ok=True)
-    plan = notes / "source"
-    if not plan.exists():
-        _write_text(plan, source)
-    elif plan.read_text() != source:
-        raise UserError(f"{out}: was begun with other scenes or settings; remove it or choose another folder")
+    remove_leftovers(out)
+    content = {
+        "variant": survey.variant,
+        "settings": str(settings),
+        "parts": part.count if part else 0,
+        "split_rule": plan.split_rule,
+        "transform": settings.transform.describe(),
+        "digest": plan.digest,
+        "vocabulary": asdict(survey.vocabulary),
+        "shards": [(shard.name, scenes_digest(shard.scenes)) for shard in plan.shards],
+    }
+    _check_begun(out, notes / _PLAN, content, part)
+    _write(notes / _PLAN, json.dumps(content).encode(), sync=True)
     return notes
 
 
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+def _check_begun(out: Path, path: Path, content: dict[str, Any], part: Part | None) -> None:
+    """Raises UserError where the folder was begun with something that does not go together with this run.
+
+    Scenes that were mended since are no such thing, but where parts work side by side they must all see the same.
+    """
+    if not path.exists():
+        return
+    begun = json.loads(path.read_text())
+    if any(begun[name] != content[name] for name in ("variant", "settings")):
+        raise UserError(f"{out}: was begun with other scenes or settings; remove it or choose another folder")
+    if part and begun["parts"] and begun["digest"] != content["digest"]:
+        raise UserError(
+            f"{out}: part {part.number}/{part.count} sees other scenes than the parts before it; give all the same "
+            f"source, or remove {out / UNFINISHED} to begin again"
+        )
+    if part and begun["parts"] not in (0, part.count):
+        raise UserError(f"{out}: was begun in {begun['parts']} parts, not {part.count}; keep their number")
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for piece in iter(functools.partial(file.read, 1 << 20), b""):
-            digest.update(piece)
-    return digest.hexdigest()
+def _check_all_there(out: Path, plan: dict[str, Any], done: list[Note | None]) -> None:
+    missing = [number for number, note in enumerate(done) if note is None]
+    if not missing:
+        return
+    names = [plan["shards"][number][0] for number in missing]
+    parts = plan["parts"]
+    which = f"part {', '.join(f'{i + 1}/{parts}' for i in sorted({n % parts for n in missing}))}: " if parts else ""
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    raise UserError(
+        f"{out}: {len(missing)} of {len(done)} shards are missing ({which}{shown}); write them, then merge again"
+    )
+
+
+def _split_of(name: str) -> str:
+    return name.rpartition("-")[0]
+
+
+def _remove_strangers(out: Path, notes: Path, names: set[str]) -> None:
+    """Removes shards that we wrote and that the plan has no more (a scene was taken out), and temporary files."""
+    for note in notes.glob("*.tar.json"):
+        name = note.name.removesuffix(".json")
+        if name not in names:
+            (out / name).unlink(missing_ok=True)
+            index_path(out / name).unlink(missing_ok=True)
+    for path in out.glob(f"*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+def _write(path: Path, data: bytes, sync: bool) -> None:
+    """Writes a file under a temporary name and renames it."""
+    temporary = path.with_name(f"{path.name}.{temporary_mark()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the renames in a folder last."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _cannot_write(out: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{error.filename or out}: cannot be written ({error.strerror or error}); mend that and run the same command "
+        "again, it continues where it stopped"
+    )

@@ -26,9 +26,8 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shards(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shards of those scenes: 48 train, 6 val, 6 test."""
-    from shards.write import survey, write_shards
+    from tests.making import make_shards
 
     folder = tmp_path_factory.mktemp("data") / "shards"
-    found = survey(scenes, 1, lambda done: None)
-    write_shards(found, folder, "official", SHARD_SAMPLES, 1, lambda done: None)
+    make_shards(scenes, folder, shard_samples=SHARD_SAMPLES)
     return folder

@@ -13,21 +13,18 @@ unless Pillow was built with a compressor that packs runs in another way.
 
 from __future__ import annotations
 
+import functools
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from nsi.errors import UserError
+from shards.processes import as_they_end, process_pool
 from shards.synthetic.layout import describe
 from shards.synthetic.render import render_scene
 
@@ -62,20 +59,10 @@ def write_scenes(
                 done += 1
                 report(done)
             return
-        # Spawned, not forked: a fork would copy whatever threads and locks the caller holds.
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(min(workers, len(chunks)), mp_context=context, initializer=_prepare_worker)
-        try:
-            for future in as_completed([pool.submit(_write_chunk, out, seed, size, chunk) for chunk in chunks]):
-                done += future.result()
+        with process_pool(min(workers, len(chunks)), out) as pool:
+            for count in as_they_end(pool, functools.partial(_write_chunk, out, seed, size), chunks):
+                done += count
                 report(done)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"{out}: a worker was killed, perhaps for want of memory; give the same command again to go on, "
-            "with fewer --workers if it happens again"
-        ) from error
     except OSError as error:
         raise UserError(
             f"{error.filename or out}: {error.strerror or error}; give a folder that you can write to, with space left"
@@ -124,20 +111,6 @@ def _write_chunk(out: Path, seed: int, size: tuple[int, int], indices: Sequence[
     for index in indices:
         write_scene(out, seed, size, index)
     return len(indices)
-
-
-def _prepare_worker() -> None:
-    """Make a worker stop with its caller, and not before."""
-    # Ctrl-C reaches every process of a terminal: a worker finishes its chunk, and the caller stops the pool.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A caller that is killed tells nobody, and its workers would wait for work for ever.
-    threading.Thread(target=_leave_with_caller, daemon=True).start()
-
-
-def _leave_with_caller() -> None:
-    if caller := multiprocessing.parent_process():
-        caller.join()
-        os._exit(1)
 
 
 def _claim(out: Path, seed: int, size: tuple[int, int]) -> None:

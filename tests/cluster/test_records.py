@@ -160,6 +160,7 @@ def test_prometheus_names_are_frozen(tmp_path: Path) -> None:
         "nsi_images_total",
         "nsi_step_seconds_total",
         "nsi_data_wait_seconds_total",
+        "nsi_bad_samples_total",
         "nsi_checkpoints_total",
         "nsi_checkpoint_seconds_total",
         "nsi_progress_steps",

@@ -48,7 +48,8 @@ OURS = {
     "data_path", "log_path", "checkpoint_path", "recipe", "max_steps", "precision", "zero_stage", "micro_batch_size",
     "checkpoint_every", "log_every", "validate_every", "backbone", "backbone_weights", "patch_size", "reconstruction",
     "score", "schedule", "weight_decay", "deepspeed_config", "prometheus_port", "schema_dropout", "decoder_hidden_dim",
-    "decoder_depth", "attend_padding", "position_std", "position_dims",
+    "decoder_depth", "attend_padding", "position_std", "position_dims", "on_bad_sample", "bad_sample_limit",
+    "cache_path", "cache_gb",
 }  # fmt: skip
 PATHS = ["--data_path", "D", "--log_path", "L"]
 
@@ -94,7 +95,7 @@ def test_configuration_survives_json() -> None:
     )
     again = from_json(TrainConfig, json.loads(json.dumps(to_json(config))))
     assert again == config
-    assert isinstance(again.data_path, Path)
+    assert isinstance(again.log_path, Path)
     assert isinstance(again.backbone.backbone_weights, Path)
 
 
@@ -108,7 +109,8 @@ def test_configuration_of_another_version() -> None:
 @pytest.mark.parametrize(
     "given",
     ["--batch_size 0", "--lr 0", "--lr -1", "--tau 0", "--micro_batch_size -1", "--log_every 0", "--beta -1",
-     "--epochs 0", "--prometheus_port 70000", "--checkpoint_every 0", "--num_workers 0", "--lr nan"],
+     "--epochs 0", "--prometheus_port 70000", "--checkpoint_every 0", "--num_workers 0", "--lr nan",
+     "--bad_sample_limit -1", "--cache_gb 0"],
 )  # fmt: skip
 def test_impossible_values(given: str) -> None:
     with pytest.raises(UserError, match=given.split()[0]):

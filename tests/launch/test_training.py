@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -294,14 +295,15 @@ def test_changed_science_is_refused(shards: Path, whole: Path) -> None:
 
 def test_a_checkpoint_of_another_schema(whole: Path, scenes: Path, tmp_path: Path) -> None:
     """The same scenes with one material missing: ids mean other things."""
-    from shards.scenes import summarise_scene
-    from shards.write import survey, write_shards
+    from tests.making import make_shards
 
-    found = survey(scenes, 1, lambda done: None)
-    victim = sorted(found[0].materials)[0]
-    fewer = [scene for scene in found if victim not in scene.materials]
-    write_shards(fewer, tmp_path / "shards", "official", 10, 1, lambda done: None)
-    assert summarise_scene(fewer[0].files.json) == fewer[0]
+    copy = shutil.copytree(scenes, tmp_path / "scenes")
+    paths = sorted(copy.rglob("CLEVRTEX*.json"))
+    victim = json.loads(paths[0].read_text())["objects"][0]["material"]
+    for path in paths:
+        if f'"{victim}"' in path.read_text():
+            shutil.rmtree(path.parent)
+    make_shards(copy, tmp_path / "shards")
     start = str(whole / "checkpoints" / "step-00000006")
     assert "was trained on another schema" in one_line(
         train(tmp_path / "shards", tmp_path / "run", "--checkpoint_path", start)
@@ -352,3 +354,41 @@ def test_the_sample_in_its_original_layout(tmp_path: Path) -> None:
     found = call(sys.executable, "-m", "launch", "eval", str(tmp_path / "run"))
     assert found.returncode == 0, found.stderr
     assert "32 scenes, all of them the gallery" in found.stdout
+
+
+def break_scenes(shards: Path, tmp_path: Path, count: int) -> tuple[Path, list[str]]:
+    """A copy of the shards in which a byte of so many training images is flipped, and the keys of these."""
+    from shards.dataset import open_split
+
+    copy = Path(shutil.copytree(shards, tmp_path / "broken"))
+    broken = open_split(copy, "train").locate(range(3, 3 + 7 * count, 7))
+    for sample in broken:
+        tar = copy / sample.span.shard
+        data = bytearray(tar.read_bytes())
+        data[sample.image.offset + 30] ^= 1
+        tar.write_bytes(data)
+    return copy, [sample.key for sample in broken]
+
+
+def test_a_damaged_scene_stops_the_run(shards: Path, tmp_path: Path) -> None:
+    copy, (key,) = break_scenes(shards, tmp_path, 1)
+    said = one_line(train(copy, tmp_path / "run"))
+    assert f"train-000000.tar: image of {key} at offset" in said
+    assert "does not have its checksum" in said
+
+
+@pytest.mark.slow
+def test_damaged_scenes_are_skipped_and_accounted_for(shards: Path, tmp_path: Path) -> None:
+    copy, keys = break_scenes(shards, tmp_path, 3)
+    run = tmp_path / "run"
+    found = train(copy, run, "--on_bad_sample", "skip", "--max_steps", "12")  # three epochs of 48
+    assert found.returncode == 0, found.stderr
+    entries = [json.loads(line) for line in (run / "ledger" / "attempt-0001.jsonl").read_text().splitlines()]
+    assert sorted(each["key"] for entry in entries for each in entry["skipped"]) == sorted(keys * 3)
+    events = [json.loads(line) for line in (run / "events" / "attempt-0001-rank-00000.jsonl").read_text().splitlines()]
+    assert sum(event["facts"]["count"] for event in events if event["kind"] == "bad_samples") == 9
+    audited = call(sys.executable, "-m", "launch", "audit", str(run), "--data_path", str(shards))
+    assert audited.returncode == 0, audited.stderr
+    assert "9 skipped" in audited.stdout
+    limited = train(copy, tmp_path / "other", "--on_bad_sample", "skip", "--max_steps", "12", "--bad_sample_limit", "2")
+    assert "damaged scenes, more than --bad_sample_limit 2; the last: " in one_line(limited)

@@ -1,0 +1,94 @@
+"""Which scenes go into which shard: a pure function of the scenes and the settings, the same on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from nsi.errors import UsageError
+from shards.manifest import shard_name
+from shards.sources.scene import Scene
+from shards.splits import SplitRule, split_scenes
+from shards.survey import Survey
+from shards.transform import Transform
+
+MEGABYTE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a person chooses about shards."""
+
+    rule: SplitRule = "official"
+    shard_samples: int = 500
+    shard_mb: float = 0.0  # a shard ends before its scenes exceed so many megabytes in the source; 0 goes by samples
+    transform: Transform = field(default_factory=Transform)
+
+    def __post_init__(self) -> None:
+        if self.shard_samples < 1:
+            raise UsageError("--shard_samples must be at least 1")
+        if self.shard_mb < 0:
+            raise UsageError("--shard_mb must not be negative")
+
+
+class ShardPlan(NamedTuple):
+    """One shard that is to be written."""
+
+    split: str
+    number: int
+    scenes: tuple[Scene, ...]
+
+    @property
+    def name(self) -> str:
+        """Its file name."""
+        return shard_name(self.split, self.number)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All shards of a folder, and a digest over all that decides their content."""
+
+    split_rule: str  # the rule that was followed in the end
+    shards: tuple[ShardPlan, ...]
+    digest: str
+
+
+def cut(survey: Survey, settings: Settings) -> Plan:
+    """Deals the scenes out to shards: splits one after the other, scenes by index."""
+    split_rule, splits = split_scenes(survey.scenes, settings.rule)
+    shards = tuple(
+        ShardPlan(split, number, part)
+        for split, scenes in splits.items()
+        for number, part in enumerate(_parts(scenes, settings))
+    )
+    digest = hashlib.sha256(f"{split_rule} {settings.transform.describe()} {survey.vocabulary.fingerprint()}".encode())
+    for shard in shards:
+        digest.update(f"{shard.name} {scenes_digest(shard.scenes)}".encode())
+    return Plan(split_rule, shards, digest.hexdigest())
+
+
+def scenes_digest(scenes: Sequence[Scene]) -> str:
+    """A digest over what scenes hold: their JSONs, and the sizes of their pictures, so as not to read them here."""
+    digest = hashlib.sha256()
+    for scene in scenes:
+        sizes = (scene.image.size, scene.mask.size if scene.mask else 0)
+        digest.update(scene.key.encode() + scene.digest + b"%d %d\n" % sizes)
+    return digest.hexdigest()
+
+
+def _parts(scenes: Sequence[Scene], settings: Settings) -> Iterator[tuple[Scene, ...]]:
+    if not settings.shard_mb:
+        for start in range(0, len(scenes), settings.shard_samples):
+            yield tuple(scenes[start : start + settings.shard_samples])
+        return
+    part: list[Scene] = []
+    size = 0
+    for scene in scenes:
+        if part and size + scene.size > settings.shard_mb * MEGABYTE:
+            yield tuple(part)
+            part, size = [], 0
+        part.append(scene)
+        size += scene.size
+    yield tuple(part)

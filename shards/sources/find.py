@@ -1,0 +1,38 @@
+"""What a person names as a source, and how its scenes are found: a folder, an archive on disk, or a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from nsi.errors import UsageError
+from shards.sources.archive import is_archive, list_archive
+from shards.sources.folder import list_folder
+from shards.sources.listing import Folder
+from shards.sources.stream import is_stream, list_stream
+
+
+def list_sources(sources: Sequence[str], spool: Path, report: Callable[[int], None]) -> list[Folder]:
+    """The members of all sources, folder by folder.
+
+    What can only be read front to back is kept in `spool` meanwhile, and `report` told how many scenes it has given.
+    Raises UserError for a source that is missing, damaged or holds no scene.
+    """
+    folders: list[Folder] = []
+    for source in sources:
+        if not is_stream(source):
+            path = Path(source)
+            folders += list_archive(path) if is_archive(path) else list_folder(path)
+    if streams := [source for source in sources if is_stream(source)]:
+        folders += list_stream(streams, spool, report)
+    return folders
+
+
+def check_parts_can_share(sources: Sequence[str]) -> None:
+    """Raises UsageError for sources that every part of many would have to read from end to end."""
+    for source in sources:
+        if is_stream(source):
+            raise UsageError(
+                f"--part: {source} can only be read front to back, so every part would read all of it; "
+                "run without --part, or unpack it first"
+            )

@@ -1,0 +1,100 @@
+"""A data worker: a process that reads samples and decodes them into memory it shares with training.
+
+It knows neither order nor manifest: it is told where samples lie and which rows they fill. It imports no torch, so it
+starts in a fraction of a second, and it ends when the other end of its connection is closed, however that happens.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
+from typing import NamedTuple
+
+import numpy as np
+
+from nsi.errors import UserError
+from shards.cache import ShardCache
+from shards.dataset import Sample
+from shards.reader import SpanReader
+from shards.rows import BatchShape, Read, Rows, fill_row, memory_size, rows_of
+from shards.storage import Storage
+
+
+class Open(NamedTuple):
+    """Told first of each data set."""
+
+    source: int
+    storage: Storage
+    cache: ShardCache | None
+    fingerprint: str
+
+
+class Share(NamedTuple):
+    """Told first of each batch's memory; its file descriptor comes right after."""
+
+    memory: int
+    shape: BatchShape
+
+
+class Fill(NamedTuple):
+    """Rows to fill, and the ticket to send back."""
+
+    ticket: int
+    source: int
+    memory: int
+    samples: list[tuple[int, Sample]]  # row, sample
+
+
+class Filled(NamedTuple):
+    """What a worker says when it is done: what was read of each row, or what is wrong with it."""
+
+    ticket: int
+    read: list[tuple[int, Read]]
+    faults: list[tuple[int, int, str, str, str]]  # row, sample id, shard, key, what is wrong
+    failure: str  # why nothing could be read at all; "" where something could
+
+
+def work(connection: Connection) -> None:
+    """Serves until the connection is closed."""
+    sources: dict[int, tuple[Storage, SpanReader]] = {}
+    memories: dict[int, Rows] = {}
+    while True:
+        task = connection.recv()
+        if isinstance(task, Open):
+            sources[task.source] = task.storage, SpanReader(task.storage, task.cache, task.fingerprint)
+        elif isinstance(task, Share):
+            memories[task.memory] = _map(recv_handle(connection), task.shape)
+        else:
+            connection.send(_fill(task, memories[task.memory], *sources[task.source]))
+
+
+def _fill(task: Fill, rows: Rows, storage: Storage, reader: SpanReader) -> Filled:
+    read, faults = [], []
+    try:
+        spans = reader.read([sample.span for _, sample in task.samples])
+        for (row, sample), data in zip(task.samples, spans, strict=True):
+            try:
+                read.append((row, fill_row(rows, row, sample, data, storage)))
+            except UserError as error:
+                faults.append((row, sample.sample, sample.span.shard, sample.key, str(error)))
+    except UserError as error:
+        return Filled(task.ticket, [], [], str(error))
+    except Exception as error:  # a defect, here or in a library: training must hear of it, or it would wait for ever
+        return Filled(task.ticket, [], [], f"a data worker failed: {type(error).__name__}: {error}")
+    return Filled(task.ticket, read, faults, "")
+
+
+def _map(file: int, shape: BatchShape) -> Rows:
+    memory = mmap.mmap(file, memory_size(shape))
+    os.close(file)
+    return rows_of(np.frombuffer(memory, np.uint8), shape)
+
+
+def main(file: int) -> None:
+    """What the process runs: `file` is its end of the connection."""
+    try:
+        work(Connection(file))
+    except (EOFError, ConnectionError):
+        os._exit(0)  # training has ended: there is nothing to tidy up
