@@ -23,6 +23,7 @@ VERBS = {
     "eval": ("launch.evaluate", "EvalConfig", "measure retrieval and object discovery of a run"),
     "audit": ("launch.audit", "AuditConfig", "prove from its ledger what a run has read"),
     "report": ("launch.report", "ReportConfig", "write a run's report as one HTML file"),
+    "bench": ("launch.bench", "BenchConfig", "measure a part against what one would use otherwise"),
     "demo": ("launch.demo", "DemoConfig", "all of it in minutes, on two CPU processes"),
 }
 DEBUG = "--debug"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,8 +13,8 @@ from typing import Annotated
 import tyro
 
 from launch.progress import counting, progress
-from nsi.errors import UsageError
-from shards.cut import Settings
+from nsi.errors import UsageError, UserError
+from shards.cut import Settings, may_be_cut_so
 from shards.hdf5 import write_hdf5
 from shards.manifest import MANIFEST, Manifest, read_manifest
 from shards.processes import process_pool
@@ -23,8 +24,9 @@ from shards.sources.listing import is_scene_json
 from shards.sources.stream import is_stream
 from shards.splits import SplitRule
 from shards.survey import Survey, survey_folders, survey_scenes
+from shards.target import UNFINISHED, check_target, leaving_nothing
 from shards.transform import Encoding, Transform, parse_size
-from shards.write import UNFINISHED, Part, check_target, merge_shards, write_shards
+from shards.write import Part, merge_shards, write_shards
 
 _SPOOL = "spool"
 
@@ -103,10 +105,15 @@ def _shard(config: ShardConfig, part: Part | None) -> None:
     )
     check_target(config.out)
     if any(map(is_stream, config.sources)) and (config.out / MANIFEST).exists():
-        _tell(config.out, read_manifest(config.out))
+        manifest = read_manifest(config.out)
+        if not may_be_cut_so(manifest, settings):
+            raise UserError(f"{config.out}: holds the shards of other scenes or settings; choose another folder")
+        _tell(config.out, manifest)
         print(f"{config.out}: is complete already; {', '.join(config.sources)} was not read again")
         return
-    with process_pool(config.workers, config.out) as pool:
+    # Where parts work side by side, a plan is not one run's to remove.
+    tidy = nullcontext() if part else leaving_nothing(config.out)
+    with tidy, process_pool(config.workers, config.out) as pool:
         survey = _survey(config, pool)
         count = len(survey.scenes)
         with progress("writing shards", count, unit="scenes") as advance:

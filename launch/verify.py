@@ -37,5 +37,6 @@ def run(config: VerifyConfig) -> None:
     for fault in faults:
         print(fault)
     if faults:
-        raise UserError(f"{config.shards}: {len(faults)} faults; restore what is named above or write the shards again")
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise UserError(f"{config.shards}: {count}; restore what is named above or write the shards again")
     print(f"{config.shards}: {total} samples, all as they were written (fingerprint {manifest.fingerprint[:12]})")

@@ -45,6 +45,13 @@ class ShardCache:
     folder: Path
     limit_bytes: int
 
+    def check_holds(self, name: str, size: int) -> None:
+        """Raises UserError where a shard is larger than the whole cache."""
+        if size > self.limit_bytes:
+            raise UserError(
+                f"{self.folder}: a cache of {self.limit_bytes} bytes cannot hold {name}, of {size}; raise its limit"
+            )
+
     def get(self, storage: Storage, fingerprint: str, name: str, size: int, sha256: str) -> Path:
         """A copy of a shard, downloaded where there is none; waits where another process is downloading it.
 
@@ -65,10 +72,7 @@ class ShardCache:
         """The copy; None where its lock is not free (unless `wait`) or downloads under way leave it no room."""
         if not _NAME.fullmatch(name) or not _DATA_SET.fullmatch(fingerprint[:16]):
             raise UserError(f"{storage.where(name)}: not a name that a cache can keep; write the shards again")
-        if size > self.limit_bytes:
-            raise UserError(
-                f"{self.folder}: a cache of {self.limit_bytes} bytes cannot hold {name}, of {size}; raise its limit"
-            )
+        self.check_holds(name, size)
         path = self.folder / fingerprint[:16] / name
         try:
             if _use(path, size):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 import xxhash
 
-from shards.order import Order
+from shards.order import Order, mix64
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -46,7 +46,7 @@ def split_digests(keys_n: np.ndarray, image_xxh3s_n: np.ndarray, json_xxh3s_n: n
 def placed(digests_R: np.ndarray, positions_R: np.ndarray) -> np.ndarray:
     """Digests (uint64) bound to their positions (int64 from 0) in the endless sequence: uint64; any one shape."""
     # Mixed twice: the same digest at another position, or two digests exchanged, give unrelated numbers.
-    return _mix(digests_R ^ _mix((positions_R.astype(np.uint64) + np.uint64(1)) * _GAMMA))
+    return mix64(digests_R ^ mix64((positions_R.astype(np.uint64) + np.uint64(1)) * _GAMMA))
 
 
 def batch_digest(digests_R: np.ndarray, positions_R: np.ndarray) -> int:
@@ -101,10 +101,3 @@ def _repeats(seen_n: np.ndarray, ids_P: np.ndarray, begin: int) -> np.ndarray:
         np.add.at(seen_n, ids_P[start:end], 1)
         repeats_P[start:end] = seen_n[ids_P[start:end]] > 1
     return repeats_P
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea and Flood 2014); arithmetic is modulo 2^64."""
-    values = (values ^ (values >> np.uint64(30))) * _MIX_1
-    values = (values ^ (values >> np.uint64(27))) * _MIX_2
-    return values ^ (values >> np.uint64(31))

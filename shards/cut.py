@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nsi.errors import UsageError
-from shards.manifest import shard_name
+from shards.manifest import Manifest, shard_name
 from shards.sources.scene import Scene
-from shards.splits import SplitRule, split_scenes
+from shards.splits import SplitRule, followed_rule, split_scenes
 from shards.survey import Survey
 from shards.transform import Transform
 
@@ -29,8 +29,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.shard_samples < 1:
             raise UsageError("--shard_samples must be at least 1")
-        if self.shard_mb < 0:
-            raise UsageError("--shard_mb must not be negative")
+        if not self.shard_mb >= 0:  # NaN fails it too
+            raise UsageError(f"--shard_mb {self.shard_mb}: must be a size in megabytes, or 0")
 
 
 class ShardPlan(NamedTuple):
@@ -67,6 +67,16 @@ def cut(survey: Survey, settings: Settings) -> Plan:
     for shard in shards:
         digest.update(f"{shard.name} {scenes_digest(shard.scenes)}".encode())
     return Plan(split_rule, shards, digest.hexdigest())
+
+
+def may_be_cut_so(manifest: Manifest, settings: Settings) -> bool:
+    """Whether finished shards may be those of some settings, as far as their manifest tells without the scenes."""
+    count, samples = settings.shard_samples, [table.samples_S for table in manifest.splits.values()]
+    return (
+        manifest.split_rule == followed_rule(settings.rule, manifest.variant)
+        and manifest.transform == settings.transform.describe()
+        and (settings.shard_mb > 0 or all((each[:-1] == count).all() and (each <= count).all() for each in samples))
+    )
 
 
 def scenes_digest(scenes: Sequence[Scene]) -> str:

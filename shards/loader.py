@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 
@@ -14,14 +15,19 @@ from shards.order import Order, rank_rows, rows_per_rank
 from shards.rows import BatchShape, SceneShape
 from shards.workers import DataWorkers
 
+_STEPS_AT_ONCE = 16  # whose order is worked out together, which costs little more than one step's
+
 
 def check_fits(split: Split, max_objects: int) -> None:
-    """Raises UserError where a split has scenes of more objects than the model takes."""
+    """Raises UserError where scenes have more objects than the model takes, or a shard more bytes than the cache."""
     if split.manifest.max_objects > max_objects:
         raise UserError(
             f"{split.folder}: has scenes of {split.manifest.max_objects} objects, "
             f"more than --max_program_len {max_objects}; raise it"
         )
+    if split.cache and len(split):
+        largest = split.table[int(split.table.bytes_S.argmax())]
+        split.cache.check_holds(largest.name, largest.bytes)
 
 
 def training_batches(
@@ -39,13 +45,8 @@ def training_batches(
     A scene that cannot be read is an empty row and a fault of its batch: whether that is borne is the caller's
     business (`refuse_faults`).
     """
-    rows = rank_rows(order.batch_size, rank, world)
     batch_shape = BatchShape(rows_per_rank(order.batch_size, world), shape)
-
-    def ids_of(step: int) -> np.ndarray:
-        return order.ids(step * order.batch_size + np.arange(rows.start, rows.stop, dtype=np.int64))
-
-    return _prefetched(split, batch_shape, ids_of, start, None, workers, ahead)
+    return _prefetched(split, batch_shape, rank_ids(order, rank, world, start), workers, ahead)
 
 
 def whole_split(
@@ -62,13 +63,19 @@ def whole_split(
     All ranks get equally many batches of `rows_per_rank(batch_size, world)` rows.
     """
     batch_shape = BatchShape(rows_per_rank(batch_size, world), shape)
-    steps = -(-len(split) // batch_size)
+    batches = (np.arange(first, min(first + batch_size, len(split))) for first in range(0, len(split), batch_size))
+    ids = (ids_G[rank_rows(len(ids_G), rank, world)] for ids_G in batches)
+    return _prefetched(split, batch_shape, ids, workers, ahead)
 
-    def ids_of(step: int) -> np.ndarray:
-        ids = np.arange(step * batch_size, min((step + 1) * batch_size, len(split)))
-        return ids[rank_rows(len(ids), rank, world)]
 
-    return _prefetched(split, batch_shape, ids_of, 0, steps, workers, ahead)
+def rank_ids(order: Order, rank: int, world: int, start: int) -> Iterator[np.ndarray]:
+    """The sample ids of this rank's rows, (R,) int64, of the steps `start`, `start + 1`, ... without end."""
+    rows = rank_rows(order.batch_size, rank, world)
+    rows_R = np.arange(rows.start, rows.stop, dtype=np.int64)
+    for first in itertools.count(start, _STEPS_AT_ONCE):
+        steps_K = np.arange(first, first + _STEPS_AT_ONCE, dtype=np.int64)
+        positions_KR = steps_K[:, None] * order.batch_size + rows_R
+        yield from order.ids(positions_KR.ravel()).reshape(positions_KR.shape)
 
 
 def refuse_faults(batch: Batch) -> Batch:
@@ -79,16 +86,14 @@ def refuse_faults(batch: Batch) -> Batch:
 
 
 def _prefetched(
-    split: Split, shape: BatchShape, ids_of, start: int, stop: int | None, workers: DataWorkers, ahead: int
+    split: Split, shape: BatchShape, ids: Iterator[np.ndarray], workers: DataWorkers, ahead: int
 ) -> Generator[Batch, None, None]:
     """Batches in order, of which `ahead` are under way while the caller works on one."""
     under_way: deque[int] = deque()
-    step = start
     try:
         while True:
-            while len(under_way) <= ahead and (stop is None or step < stop):
-                under_way.append(workers.submit(split, shape, ids_of(step)))
-                step += 1
+            for ids_R in itertools.islice(ids, ahead + 1 - len(under_way)):
+                under_way.append(workers.submit(split, shape, ids_R))
             if not under_way:
                 return
             yield workers.wait(under_way.popleft())

@@ -117,6 +117,16 @@ def shard_name(split: str, number: int) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes the sealed manifest to a temporary name, syncs it and renames it."""
+    temporary = folder / (MANIFEST + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(manifest_bytes(manifest))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(folder / MANIFEST)
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """What the file of a manifest holds: equal manifests have equal bytes."""
     sealed = manifest.sealed()
     splits = {
         name: {
@@ -135,12 +145,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         + "\n  }"
         for split, each in splits.items()
     )
-    temporary = folder / (MANIFEST + ".tmp")
-    with temporary.open("w") as file:
-        file.write(f'{head[:-2]},\n "splits": {{\n{columns}\n }}\n}}\n')
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(folder / MANIFEST)
+    return f'{head[:-2]},\n "splits": {{\n{columns}\n }}\n}}\n'.encode()
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -23,6 +23,7 @@ _ROUNDS = 6
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
+_WORD = (1 << 64) - 1
 _SHARDS_KEY, _SAMPLES_KEY = 1, 2  # two families of permutations from one seed
 _LAYOUTS_KEPT = 3
 
@@ -158,25 +159,26 @@ def permute(places: np.ndarray, size: int, *key: int) -> np.ndarray:
 def _feistel(values: np.ndarray, half_bits: np.uint64, mask: np.uint64, round_keys: list[np.uint64]) -> np.ndarray:
     left, right = values >> half_bits, values & mask
     for key in round_keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
+        left, right = right, left ^ (mix64(right ^ key) & mask)
     return (left << half_bits) | right
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
+def mix64(values: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64; arithmetic is modulo 2^64."""
-    with np.errstate(over="ignore"):
-        values = (values ^ (values >> np.uint64(30))) * _MIX_1
-        values = (values ^ (values >> np.uint64(27))) * _MIX_2
+    values = (values ^ (values >> np.uint64(30))) * _MIX_1
+    values = (values ^ (values >> np.uint64(27))) * _MIX_2
     return values ^ (values >> np.uint64(31))
 
 
 def _key(*parts: int) -> np.uint64:
-    """One 64-bit key from several integers."""
-    state = np.zeros(1, np.uint64)
-    with np.errstate(over="ignore"):
-        for part in parts:
-            state = _mix(state * _MIX_1 + _GAMMA + np.uint64(part % (1 << 64)))
-    return state[0]
+    """One 64-bit key from several integers. In Python's own numbers, which are ten times as fast for a single one."""
+    state = 0
+    for part in parts:
+        state = (state * int(_MIX_1) + int(_GAMMA) + part) & _WORD
+        state = ((state ^ state >> 30) * int(_MIX_1)) & _WORD
+        state = ((state ^ state >> 27) * int(_MIX_2)) & _WORD
+        state ^= state >> 31
+    return np.uint64(state)
 
 
 def _lay_out(counts_S: np.ndarray, offsets_S: np.ndarray, seed: int, block_shards: int, epoch: int) -> EpochLayout:

@@ -13,7 +13,7 @@ import numpy as np
 
 from nsi.errors import UserError
 from shards.coverage import read_digest
-from shards.dataset import DECODING_ERRORS, Sample, cannot_decode, member_bytes
+from shards.dataset import DECODING_ERRORS, Sample, cannot_decode, training_bytes
 from shards.decode import decode_image
 from shards.schema_json import decode_schema
 from shards.storage import Storage
@@ -78,7 +78,7 @@ def rows_of(memory: np.ndarray, shape: BatchShape) -> Rows:
 
 def fill_row(rows: Rows, row: int, sample: Sample, data: memoryview | bytes, storage: Storage) -> Read:
     """Decodes a sample's bytes into a row. Raises UserError with shard, key and offset where they are damaged."""
-    image, json = (bytes(member_bytes(sample, data, member, storage)) for member in ("image", "json"))
+    image, json = map(bytes, training_bytes(sample, data, storage))
     member = "json"
     try:
         schema = decode_schema(json)

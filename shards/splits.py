@@ -30,9 +30,13 @@ def split_scenes(scenes: Sequence[Scene], rule: SplitRule) -> tuple[str, dict[st
     """
     if scenes[0].split:
         return OWN, {name: part for name in SPLITS if (part := [scene for scene in scenes if scene.split == name])}
-    if rule == "test" or (rule == "official" and scenes[0].variant in _OUT_OF_DISTRIBUTION):
-        return "test", {"test": scenes}
-    return rule, split_by_rank(scenes, rule)
+    followed = followed_rule(rule, scenes[0].variant)
+    return followed, {"test": scenes} if followed == "test" else split_by_rank(scenes, followed)
+
+
+def followed_rule(rule: SplitRule, variant: str) -> SplitRule:
+    """The rule for scenes without splits of their own: all of the out-of-distribution variant is for testing."""
+    return "test" if rule == "official" and variant in _OUT_OF_DISTRIBUTION else rule
 
 
 def split_by_rank(items: Sequence[Item], rule: SplitRule) -> dict[str, Sequence[Item]]:

@@ -13,14 +13,14 @@ import xxhash
 
 from nsi.errors import UserError
 from nsi.schema import Vocabulary
-from shards.dataset import DECODING_ERRORS, index_name, load_manifest
+from shards.dataset import DECODING_ERRORS, index_name
 from shards.decode import decode_image_frame, decode_mask
 from shards.index import MEMBERS, build_index, parse_index
-from shards.manifest import Manifest, Shard
+from shards.manifest import MANIFEST, Manifest, Shard, manifest_bytes, parse_manifest
 from shards.processes import as_they_end
 from shards.schema_json import SceneSchema, decode_facts, decode_schema
 from shards.storage import Storage
-from shards.write import UNFINISHED
+from shards.target import UNFINISHED
 
 
 def verify(storage: Storage, pool: Executor, report: Callable[[int], None]) -> list[str]:
@@ -29,10 +29,13 @@ def verify(storage: Storage, pool: Executor, report: Callable[[int], None]) -> l
     Reads each tar and index whole and once, compares checksums, counts and keys with the manifest, and decodes every
     member. `report` is told how many samples are done. Raises UserError where there is no manifest to check against.
     """
-    manifest = load_manifest(storage)
+    data = storage.read(MANIFEST)
+    manifest = parse_manifest(data, storage.where(MANIFEST))
     facts = _Expected(manifest.image_size, manifest.mask_size, manifest.max_objects, manifest.vocabulary)
     jobs = [_Job(storage, shard, facts) for table in manifest.splits.values() for shard in table]
     faults = _strangers(storage, manifest)
+    if data != manifest_bytes(manifest):  # a space that became a line's end, say
+        faults.append(f"{storage.where(MANIFEST)}: its bytes are not those that were written, though they say the same")
     keys: dict[str, str] = {}
     done = 0
     for shard, found_keys, found_faults in as_they_end(pool, _verify_shard, jobs):

@@ -28,9 +28,8 @@ from shards.manifest import MANIFEST, Manifest, Shard, ShardTable, read_manifest
 from shards.pack import TEMPORARY, Job, Packed, pack_shard, remove_leftovers, temporary_mark
 from shards.processes import as_they_end
 from shards.survey import Survey
+from shards.target import PLAN, UNFINISHED, check_target
 
-UNFINISHED = ".unfinished"
-_PLAN = "plan.json"
 _SYNCERS = 2  # shards that are written to the disk while the next ones are packed
 Report = Callable[[int], None]
 
@@ -56,15 +55,6 @@ class Note:
     image_size: tuple[int, int]
     mask_size: tuple[int, int] | None
     objects: int
-
-
-def check_target(out: Path) -> None:
-    """Raises UserError where OUT is there and holds something else than shards, before anything is read."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; choose a folder to write the shards to")
-    ours = (out / UNFINISHED).exists() or (out / MANIFEST).exists()
-    if out.exists() and not ours and any(out.iterdir()):
-        raise UserError(f"{out}: is not empty and holds no shards; choose another folder")
 
 
 def write_shards(
@@ -98,7 +88,7 @@ def merge_shards(out: Path) -> Manifest:
         return read_manifest(out)
     notes = out / UNFINISHED
     try:
-        plan = json.loads((notes / _PLAN).read_text())
+        plan = json.loads((notes / PLAN).read_text())
     except (OSError, ValueError):
         raise UserError(f"{out}: holds no parts; write them with `nsi shard SOURCE {out} --part 1/N` ...") from None
     done = [_read_note(out, notes, name, scenes) for name, scenes in plan["shards"]]
@@ -211,8 +201,8 @@ def _open_folder(out: Path, survey: Survey, settings: Settings, plan: Plan, part
         "vocabulary": asdict(survey.vocabulary),
         "shards": [(shard.name, scenes_digest(shard.scenes)) for shard in plan.shards],
     }
-    _check_begun(out, notes / _PLAN, content, part)
-    _write(notes / _PLAN, json.dumps(content).encode(), sync=True)
+    _check_begun(out, notes / PLAN, content, part)
+    _write(notes / PLAN, json.dumps(content).encode(), sync=True)
     return notes
 
 

@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,7 +112,15 @@ def open_spool(folder: Path, number: int) -> Iterator[Spool]:
             os.ftruncate(data, spool.end)
             os.lseek(journal, kept, os.SEEK_SET)
             os.lseek(data, spool.end, os.SEEK_SET)
-        yield spool
+        try:
+            yield spool
+        except BaseException:
+            if not spool.entries:  # nothing to go on from
+                for each in (path, path.with_suffix(".journal")):
+                    each.unlink(missing_ok=True)
+                with suppress(OSError):  # other sources have members
+                    folder.rmdir()
+            raise
 
 
 def _open(path: Path, files: ExitStack) -> int:

@@ -1,0 +1,90 @@
+"""`nsi bench WHAT`: how fast a part is, as a ratio against what one would use otherwise, both in the same run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from nsi.errors import UsageError
+
+Suite = Literal["loader", "shard"]
+ROUNDS = 5  # of each side, in turn, so that a machine's moods meet both
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One figure of ours beside the other's, as medians; a ratio above 1 means that ours is better."""
+
+    name: str
+    ours: float
+    other: float
+    unit: str
+    ratio: float
+    against: str  # what the other is
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Measure a part of this program against what one would use otherwise, side by side in one run.
+
+    loader: reading shards against webdataset.WebDataset, decoding against the decoder alone, the first batch.
+    shard: `nsi shard` against `cp -r` of the same files.
+    """
+
+    what: tyro.conf.Positional[Suite]
+    """Which part."""
+    data: Path | None = None
+    """A folder of shards (loader) or of scenes (shard) to measure on; without it scenes are rendered for that."""
+    scenes: int = 1000
+    """How many scenes to render where no data is given; `shard` copies them to ten times as many."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """One JSON line a comparison."""
+
+
+def run(config: BenchConfig) -> None:
+    """Runs a suite and prints each comparison as soon as it is there."""
+    if config.scenes < 100:
+        raise UsageError(f"--scenes {config.scenes}: give at least 100, or nothing is measured but starting")
+    suite = importlib.import_module(f"launch.bench_{config.what}")
+    comparisons: Iterator[Comparison] = suite.comparisons(config.data, config.scenes)
+    for comparison in comparisons:
+        print(json.dumps(asdict(comparison)) if config.json else _line(comparison), flush=True)
+
+
+def compare(
+    name: str, unit: str, against: str, ours: Callable[[], float], other: Callable[[], float], rounds: int = ROUNDS
+) -> Comparison:
+    """Measures both sides in turn. Each gives a rate, where more is better, or seconds, where less is."""
+    pairs = [(ours(), other()) for _ in range(rounds)]
+    mine, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
+    return Comparison(name, mine, theirs, unit, theirs / mine if unit == "s" else mine / theirs, against)
+
+
+@contextmanager
+def stopwatch() -> Iterator[Callable[[], float]]:
+    """Yields a function that says how many seconds have passed."""
+    began = time.perf_counter()
+    yield lambda: time.perf_counter() - began
+
+
+def note(text: str) -> None:
+    """Says on stderr what takes so long."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _line(found: Comparison) -> str:
+    better = "better" if found.ratio >= 1 else "worse"
+    return (
+        f"{found.name:28} {found.ours:12,.4g} {found.unit} against {found.other:,.4g} of {found.against}: "
+        f"{found.ratio:.2f} times, {better}"
+    )

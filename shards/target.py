@@ -1,0 +1,43 @@
+"""The folder that shards are written to: what may be there before, and nothing left of a run that failed at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from nsi.errors import UserError
+from shards.manifest import MANIFEST
+from shards.pack import remove_leftovers
+
+UNFINISHED = ".unfinished"  # what is done so far, while a run is on its way
+PLAN = "plan.json"
+
+
+def check_target(out: Path) -> None:
+    """Raises UserError where OUT is there and holds something else than shards, before anything is read."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; choose a folder to write the shards to")
+    ours = (out / UNFINISHED).exists() or (out / MANIFEST).exists()
+    if out.exists() and not ours and any(out.iterdir()):
+        raise UserError(f"{out}: is not empty and holds no shards; choose another folder")
+
+
+@contextmanager
+def leaving_nothing(out: Path) -> Iterator[None]:
+    """Removes the folders that a run made where it fails before any of its work is there to go on from.
+
+    Work that another run has begun in OUT is never touched.
+    """
+    notes = out / UNFINISHED
+    made = [folder for folder in (notes, out, *out.parents) if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        if notes in made and not any(notes.glob("*.tar.json")):
+            remove_leftovers(out)
+            with suppress(OSError):  # a spool that has members stays, and all above it
+                (notes / PLAN).unlink(missing_ok=True)
+                for folder in made:
+                    folder.rmdir()
+        raise
