@@ -17,15 +17,15 @@ import numpy as np
 from launch.bench import Comparison, compare, note, stopwatch
 from launch.bench_scenes import rendered
 from shards.cut import Settings
-from shards.dataset import Split, open_split, training_bytes
+from shards.dataset import Split, open_split
 from shards.decode import decode_image
 from shards.index import index_path
 from shards.loader import rank_ids, training_batches
 from shards.manifest import Manifest, ShardTable, read_manifest, shard_name, write_manifest
 from shards.order import Order
 from shards.processes import as_they_end, process_pool
-from shards.reader import SpanReader
 from shards.rows import SceneShape
+from shards.sample import training_bytes
 from shards.sources.folder import list_folder
 from shards.survey import survey_folders
 from shards.workers import DataWorkers, open_workers
@@ -60,7 +60,7 @@ def comparisons(data: Path | None, scenes: int) -> Iterator[Comparison]:
                 ours=lambda: _load(split, running),
                 other=lambda: sum(as_they_end(pool, _decode, [images] * workers)),
             )
-        large = closing.enter_context(_many_samples(folder))
+        large = closing.enter_context(many_samples(folder, FIRST_BATCH_SAMPLES))
         count = len(open_split(large, "train"))
         yield compare(
             "loader/first-batch",
@@ -74,14 +74,14 @@ def comparisons(data: Path | None, scenes: int) -> Iterator[Comparison]:
 
 def _read(split: Split) -> float:
     """Samples a second, read in the order of training, each byte of image and JSON verified."""
-    reader = SpanReader(split.storage, None, split.manifest.fingerprint)
+    reader = split.source.reader()
     order = Order(split.shard_samples, 0, BATCH)
     read = 0
     with stopwatch() as seconds:
         for ids_R in rank_ids(order, 0, 1, 0):
             samples = split.locate(ids_R)
             for sample, data in zip(samples, reader.read([each.span for each in samples]), strict=True):
-                training_bytes(sample, data, split.storage)
+                training_bytes(sample, data, split.source)
             read += BATCH
             if seconds() > _READ_ROUNDS_S:
                 return read / seconds()
@@ -172,14 +172,14 @@ def _made_shards(scenes: int) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _many_samples(folder: Path) -> Iterator[Path]:
-    """A data set of FIRST_BATCH_SAMPLES, made by giving the train split's shards many names."""
+def many_samples(folder: Path, samples_wanted: int) -> Iterator[Path]:
+    """A data set of at least so many training samples, made by giving a folder's shards many names."""
     manifest = read_manifest(folder)
     shards = list(manifest.splits["train"])
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         target, linked, samples = Path(temporary), [], 0
         for number, shard in enumerate(itertools.cycle(shards)):
-            if samples >= FIRST_BATCH_SAMPLES:
+            if samples >= samples_wanted:
                 break
             name = shard_name("train", number)
             for source, link in ((shard.name, name), (index_path(Path(shard.name)).name, index_path(Path(name)).name)):

@@ -15,31 +15,19 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-import xxhash
 
 from nsi.errors import UserError
 from shards.cache import ShardCache
 from shards.index import INDEX_SUFFIX, MEMBERS, MemberPlace, parse_index
 from shards.manifest import MANIFEST, Manifest, Shard, ShardTable, parse_manifest
-from shards.reader import Span, SpanReader
+from shards.reader import Span
+from shards.sample import DECODING_ERRORS, Sample, Source, cannot_decode, member_bytes
 from shards.storage import Storage, open_storage
 
 Decoded = TypeVar("Decoded")
 _INDEXES_KEPT = 128  # two blocks of the order and room to spare; some 50 KB each
 _place = functools.partial(tuple.__new__, MemberPlace)  # twice as fast as its constructor
-_digest = xxhash.xxh3_64_intdigest
 _REQUESTS = 16  # indexes asked of a server at the same time
-
-
-class Sample(NamedTuple):
-    """Where a sample lies: the stretch of its tar that holds all of it, and its members in the tar."""
-
-    sample: int  # its id: its place in the split
-    key: str  # from the index
-    span: Span
-    image: MemberPlace
-    mask: MemberPlace
-    json: MemberPlace
 
 
 class _Index(NamedTuple):
@@ -59,11 +47,12 @@ class Split:
     """A split that is open for reading. Sample ids run over the shards in the manifest's order."""
 
     def __init__(self, storage: Storage, manifest: Manifest, name: str, cache: ShardCache | None) -> None:
-        self.storage, self.manifest, self.name, self.cache = storage, manifest, name, cache
+        self.source = Source(storage, cache, manifest.fingerprint)
+        self.storage, self.manifest, self.name = storage, manifest, name
         self.table: ShardTable = manifest.splits[name]
         self._begins_S1 = np.concatenate(([0], np.cumsum(self.table.samples_S)))
         self._indexes: OrderedDict[int, _Index] = OrderedDict()
-        self._reader = SpanReader(storage, cache, manifest.fingerprint)
+        self._reader = self.source.reader()
 
     def __len__(self) -> int:
         return int(self._begins_S1[-1])
@@ -103,7 +92,7 @@ class Split:
         """
         found = self.locate([sample])[0]
         (data,) = self._reader.read([found.span])
-        return bytes(member_bytes(found, data, member, self.storage))
+        return bytes(member_bytes(found, data, member, self.source))
 
     def decode(self, sample: int, member: str, decoder: Callable[[bytes], Decoded]) -> Decoded:
         """A member's bytes, decoded. Raises UserError with shard and key where they cannot be."""
@@ -111,7 +100,7 @@ class Split:
         try:
             return decoder(data)
         except DECODING_ERRORS as error:
-            raise UserError(cannot_decode(self.locate([sample])[0], member, error, self.storage)) from None
+            raise UserError(cannot_decode(self.locate([sample])[0], member, error, self.source)) from None
 
     def indexes(self) -> Iterator[np.ndarray]:
         """The records of each shard's index, in order."""
@@ -187,46 +176,6 @@ def open_split(location: str | Path, name: str, cache: ShardCache | None = None)
 def load_manifest(storage: Storage) -> Manifest:
     """The manifest of a folder of shards, wherever it is."""
     return parse_manifest(storage.read(MANIFEST), storage.where(MANIFEST))
-
-
-DECODING_ERRORS = (OSError, ValueError, KeyError, TypeError, SyntaxError)  # what Pillow and JSON parsers raise
-
-
-def member_bytes(sample: Sample, data: memoryview | bytes, member: str, storage: Storage) -> memoryview | bytes:
-    """A member's bytes out of those of its sample. Raises UserError where they are not the bytes that were written."""
-    offset, size, xxh3 = getattr(sample, member)
-    start = offset - sample.span.offset
-    part = data[start : start + size]
-    if _digest(part) != xxh3:
-        if size == 0:
-            raise UserError(f"{storage.where(sample.span.shard)}: {sample.key} has no {member}: its source had none")
-        raise UserError(
-            f"{storage.where(sample.span.shard)}: {member} of {sample.key} at offset {offset} does not have its "
-            f"checksum; run `nsi verify {storage.location}` and restore the shard"
-        )
-    return part
-
-
-def training_bytes(
-    sample: Sample, data: memoryview | bytes, storage: Storage
-) -> tuple[memoryview | bytes, memoryview | bytes]:
-    """Image and JSON of a sample, as `member_bytes` gives them, in the least time: training reads nothing else."""
-    begin = sample.span.offset
-    (image_at, image_size, image_xxh3), (json_at, json_size, json_xxh3) = sample.image, sample.json
-    image = data[image_at - begin : image_at - begin + image_size]
-    json = data[json_at - begin : json_at - begin + json_size]
-    if _digest(image) != image_xxh3 or _digest(json) != json_xxh3:
-        return member_bytes(sample, data, "image", storage), member_bytes(sample, data, "json", storage)
-    return image, json
-
-
-def cannot_decode(sample: Sample, member: str, error: Exception, storage: Storage) -> str:
-    """The message for a member whose bytes are those that were written, and yet no picture or JSON."""
-    offset = getattr(sample, member).offset
-    return (
-        f"{storage.where(sample.span.shard)}: {member} of {sample.key} at offset {offset} cannot be decoded ({error}); "
-        "it was so in the source: remove that scene there and shard again"
-    )
 
 
 def _samples(index: _Index, places_R: np.ndarray, ids: list[int]) -> Iterator[Sample]:

@@ -15,7 +15,7 @@ from shards.order import Order, rank_rows, rows_per_rank
 from shards.rows import BatchShape, SceneShape
 from shards.workers import DataWorkers
 
-_STEPS_AT_ONCE = 16  # whose order is worked out together, which costs little more than one step's
+_STEPS_AT_ONCE = 16  # worked out together, which costs little more than one
 
 
 def check_fits(split: Split, max_objects: int) -> None:
@@ -25,9 +25,9 @@ def check_fits(split: Split, max_objects: int) -> None:
             f"{split.folder}: has scenes of {split.manifest.max_objects} objects, "
             f"more than --max_program_len {max_objects}; raise it"
         )
-    if split.cache and len(split):
+    if split.source.cache and len(split):
         largest = split.table[int(split.table.bytes_S.argmax())]
-        split.cache.check_holds(largest.name, largest.bytes)
+        split.source.cache.check_holds(largest.name, largest.bytes)
 
 
 def training_batches(

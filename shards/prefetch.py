@@ -18,7 +18,7 @@ def prefetching(split: Split, order: Order, start: int, rank: int) -> Iterator[C
 
     Ranks begin at different shards, so that those of a node share the work. Does nothing where there is no cache.
     """
-    if split.cache is None:
+    if split.source.cache is None:
         yield lambda step: None
         return
     blocks: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
@@ -41,13 +41,12 @@ def prefetching(split: Split, order: Order, start: int, rank: int) -> Iterator[C
 
 
 def _fetch(split: Split, blocks: queue.SimpleQueue[list[int] | None], rank: int) -> None:
-    assert split.cache is not None
+    cache = split.source.cache
+    assert cache is not None
     while (shards := blocks.get()) is not None:
         turn = rank % len(shards)
         for number in shards[turn:] + shards[:turn]:
             shard = split.table[number]
             # The worker that needs the shard meets the same trouble, and tells of it.
             with contextlib.suppress(UserError):
-                split.cache.get_if_free(
-                    split.storage, split.manifest.fingerprint, shard.name, shard.bytes, shard.sha256
-                )
+                cache.get_if_free(split.storage, split.source.fingerprint, shard.name, shard.bytes, shard.sha256)

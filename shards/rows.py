@@ -13,10 +13,9 @@ import numpy as np
 
 from nsi.errors import UserError
 from shards.coverage import read_digest
-from shards.dataset import DECODING_ERRORS, Sample, cannot_decode, training_bytes
 from shards.decode import decode_image
+from shards.sample import DECODING_ERRORS, Sample, Source, cannot_decode, training_bytes
 from shards.schema_json import decode_schema
-from shards.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,9 @@ def rows_of(memory: np.ndarray, shape: BatchShape) -> Rows:
     return Rows(images_RSS3, labels_RT3, positions_RT3, objects_RT, ids_R)
 
 
-def fill_row(rows: Rows, row: int, sample: Sample, data: memoryview | bytes, storage: Storage) -> Read:
+def fill_row(rows: Rows, row: int, sample: Sample, data: memoryview | bytes, source: Source) -> Read:
     """Decodes a sample's bytes into a row. Raises UserError with shard, key and offset where they are damaged."""
-    image, json = map(bytes, training_bytes(sample, data, storage))
+    image, json = map(bytes, training_bytes(sample, data, source))
     member = "json"
     try:
         schema = decode_schema(json)
@@ -89,7 +88,7 @@ def fill_row(rows: Rows, row: int, sample: Sample, data: memoryview | bytes, sto
         # Straight into memory that training sees: this is the only copy of the pixels.
         rows.images_RSS3[row] = decode_image(image, rows.images_RSS3.shape[1])
     except DECODING_ERRORS as error:
-        raise UserError(cannot_decode(sample, member, error, storage)) from None
+        raise UserError(cannot_decode(sample, member, error, source)) from None
     for array, values in ((rows.labels_RT3, labels_K3), (rows.positions_RT3, positions_K3)):
         array[row, :count] = values
         array[row, count:] = 0

@@ -13,11 +13,12 @@ import xxhash
 
 from nsi.errors import UserError
 from nsi.schema import Vocabulary
-from shards.dataset import DECODING_ERRORS, index_name
+from shards.dataset import index_name
 from shards.decode import decode_image_frame, decode_mask
 from shards.index import MEMBERS, build_index, parse_index
 from shards.manifest import MANIFEST, Manifest, Shard, manifest_bytes, parse_manifest
 from shards.processes import as_they_end
+from shards.sample import DECODING_ERRORS
 from shards.schema_json import SceneSchema, decode_facts, decode_schema
 from shards.storage import Storage
 from shards.target import UNFINISHED

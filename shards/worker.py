@@ -15,20 +15,16 @@ from typing import NamedTuple
 import numpy as np
 
 from nsi.errors import UserError
-from shards.cache import ShardCache
-from shards.dataset import Sample
 from shards.reader import SpanReader
 from shards.rows import BatchShape, Read, Rows, fill_row, memory_size, rows_of
-from shards.storage import Storage
+from shards.sample import Sample, Source
 
 
 class Open(NamedTuple):
     """Told first of each data set."""
 
-    source: int
-    storage: Storage
-    cache: ShardCache | None
-    fingerprint: str
+    number: int
+    source: Source
 
 
 class Share(NamedTuple):
@@ -58,25 +54,25 @@ class Filled(NamedTuple):
 
 def work(connection: Connection) -> None:
     """Serves until the connection is closed."""
-    sources: dict[int, tuple[Storage, SpanReader]] = {}
+    sources: dict[int, tuple[Source, SpanReader]] = {}
     memories: dict[int, Rows] = {}
     while True:
         task = connection.recv()
         if isinstance(task, Open):
-            sources[task.source] = task.storage, SpanReader(task.storage, task.cache, task.fingerprint)
+            sources[task.number] = task.source, task.source.reader()
         elif isinstance(task, Share):
             memories[task.memory] = _map(recv_handle(connection), task.shape)
         else:
             connection.send(_fill(task, memories[task.memory], *sources[task.source]))
 
 
-def _fill(task: Fill, rows: Rows, storage: Storage, reader: SpanReader) -> Filled:
+def _fill(task: Fill, rows: Rows, source: Source, reader: SpanReader) -> Filled:
     read, faults = [], []
     try:
         spans = reader.read([sample.span for _, sample in task.samples])
         for (row, sample), data in zip(task.samples, spans, strict=True):
             try:
-                read.append((row, fill_row(rows, row, sample, data, storage)))
+                read.append((row, fill_row(rows, row, sample, data, source)))
             except UserError as error:
                 faults.append((row, sample.sample, sample.span.shard, sample.key, str(error)))
     except UserError as error:

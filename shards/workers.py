@@ -144,7 +144,7 @@ class DataWorkers:
         number = len(self._sources)
         self._sources[number] = split
         for worker in range(len(self._connections)):
-            self._send(worker, Open(number, split.storage, split.cache, split.manifest.fingerprint))
+            self._send(worker, Open(number, split.source))
         return number
 
     def _take(self, shape: BatchShape) -> _Memory:
