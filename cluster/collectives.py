@@ -5,10 +5,13 @@ Shapes: a rank has R rows, of which some may be empty; W ranks have W * R togeth
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from nsi.errors import UserError
 
 Thing = TypeVar("Thing")
 
@@ -67,3 +70,22 @@ def any_rank(flag: bool) -> bool:
     vote = torch.tensor([int(flag)])
     dist.all_reduce(vote, op=dist.ReduceOp.MAX)
     return bool(vote.item())
+
+
+def together(make: Callable[[], Thing]) -> Thing:
+    """Runs something on every rank; where it fails on any, all end, and the first that failed says why."""
+    made: Any = None
+    trouble: str | None = None
+    try:
+        made = make()
+    except UserError as error:
+        trouble = str(error)
+    except Exception as error:  # the others must hear of it too, or they would wait for ever
+        trouble = f"{type(error).__name__}: {error}"
+    troubles = collect(trouble)
+    failed = [rank for rank, each in enumerate(troubles) if each is not None]
+    if not failed:
+        return made
+    if trouble is not None and troubles.index(trouble) == dist.get_rank():
+        raise UserError(trouble)
+    raise SystemExit(1)

@@ -14,7 +14,7 @@ PLAIN_EVERY_S = 5.0  # at most one plain line in so many seconds
 
 @contextlib.contextmanager
 def training_display(total: int, start: int) -> Iterator[Sink]:
-    """A sink that shows logged steps and validations on stderr."""
+    """A sink that shows logged steps, validations and damage on stderr."""
     if sys.stderr.isatty():
         with _bar(total, start) as sink:
             yield sink
@@ -23,13 +23,15 @@ def training_display(total: int, start: int) -> Iterator[Sink]:
 
 
 def describe(event: Event) -> str:
-    """A logged step or a validation in a few words."""
+    """A logged step, a validation or damage in a few words."""
     facts = event.facts
     if event.kind == "steps":
         return (
             f"epoch {facts['epoch']:.2f}  loss {facts['loss']:.4f} (contrastive {facts['contrastive']:.4f}, "
             f"reconstruction {facts['reconstruction']:.4f})  {facts['images_per_second']:.0f} images/s"
         )
+    if event.kind == "bad_samples":
+        return f"passed over {facts['count']} damaged scenes, the last: {facts['faults'][-1]}"
     times = facts["R@5"] / facts["chance_R@5"]
     return (
         f"validation: R@5 {facts['R@5']:.3f} of {facts['gallery']} ({times:.1f} times chance)  loss {facts['loss']:.4f}"
@@ -44,9 +46,9 @@ def _lines(total: int, start: int) -> Sink:
         now = time.monotonic()
         if event.kind == "start":
             began = now
-        if event.kind not in ("steps", "validation"):
+        if event.kind not in ("steps", "validation", "bad_samples"):
             return
-        # Validations, the first and the last line are always shown.
+        # Validations, damage, the first and the last line are always shown.
         if event.kind == "steps" and event.step < total and now - last < PLAIN_EVERY_S:
             return
         last = now
@@ -74,7 +76,7 @@ def _bar(total: int, start: int) -> Iterator[Sink]:
         def show(event: Event) -> None:
             if event.kind == "steps":
                 bar.update(task, completed=event.step, description=describe(event))
-            elif event.kind == "validation":
+            elif event.kind in ("validation", "bad_samples"):
                 bar.console.print(f"step {event.step}/{total}  {describe(event)}")
 
         yield show

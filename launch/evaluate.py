@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from PIL import Image
 
 from cluster.checkpoint import STATE, checkpoint_path, newest_verified, read_checkpoint
 from cluster.processes import use_gpus
@@ -35,7 +36,7 @@ from nsi.model import NeuralSlotInterpreter, Output
 from nsi.noise import KeyedNoise
 from nsi.schema import Vocabulary
 from shards.dataset import Split, open_split
-from shards.decode import decode_image_frame, decode_mask
+from shards.decode import decode_image_frame, decode_mask, resize
 from shards.loader import check_fits, refuse_faults, whole_split
 from shards.rows import SceneShape
 from shards.workers import open_workers
@@ -70,8 +71,8 @@ class SceneResult:
     objects_T: torch.Tensor
     labels_T3: torch.Tensor
     positions_T3: torch.Tensor
-    decoder: MaskResult
-    attention: MaskResult
+    decoder: MaskResult | None  # None where the data has no masks
+    attention: MaskResult | None
 
 
 @dataclass(frozen=True)
@@ -161,15 +162,17 @@ def _embed(model: NeuralSlotInterpreter, backbone: torch.nn.Module, batch: Batch
 
 
 def _scene(split: Split, batch: Batch, output: Output, row: int, grid: tuple[int, int]) -> SceneResult:
-    """Compares one scene's slots with its true mask in the official view."""
-    mask_HW = split.decode(int(batch.sample_ids_B[row]), "mask", decode_mask)
+    """What one scene leaves behind; its slots are compared with its true mask, if it has one, in the official view."""
     objects = int(batch.objects_BT[row].sum())
     slots_NE = output.slot_embeddings_BNE[row]
     primitives_TE = output.primitive_embeddings_BTE[row]
     similarity_TN = (primitives_TE[:objects] @ slots_NE.T).double().numpy()
     sizes_T = batch.labels_BT3[row, :objects, 0].numpy()
 
-    def compare(masks_NP: torch.Tensor) -> MaskResult:
+    def compare(masks_NP: torch.Tensor) -> MaskResult | None:
+        if split.manifest.mask_size is None:
+            return None
+        mask_HW = split.decode(int(batch.sample_ids_B[row]), "mask", decode_mask)
         seen = _seen(masks_NP, grid, mask_HW)
         table_TN = contingency(seen.segments_SS, seen.truth_SS, slots=len(slots_NE), objects=objects)
         peak_ids_N = seen.truth_SS.ravel()[seen.peaks_N]
@@ -223,11 +226,14 @@ def _figures(
     return figures, scores_SS
 
 
-def _mask_figures(results: list[MaskResult], vocabulary: Vocabulary) -> dict[str, Any]:
-    """Discovery and grounding with one kind of mask."""
+def _mask_figures(results: list[MaskResult | None], vocabulary: Vocabulary) -> dict[str, Any]:
+    """Discovery and grounding with one kind of mask; None each where the data has no masks to compare with."""
+    found = [result for result in results if result]
+    if not found:
+        return {"discovery": None, "grounding": None}
     return {
-        "discovery": summarise_discovery([result.discovery for result in results]).as_dict(),
-        "grounding": summarise_grounding([result.grounding for result in results], vocabulary.sizes),
+        "discovery": summarise_discovery([result.discovery for result in found]).as_dict(),
+        "grounding": summarise_grounding([result.grounding for result in found], vocabulary.sizes),
     }
 
 
@@ -236,8 +242,11 @@ def _frame(
 ) -> dict[str, Any]:
     """One scene for the report: its picture, its true and its found segments, and which slot each primitive took."""
     sample = int(batch.sample_ids_B[row])
-    mask_HW = split.decode(sample, "mask", decode_mask)
-    height, width = mask_HW.shape
+    width, height = split.manifest.mask_size or split.manifest.image_size
+    masked = split.manifest.mask_size is not None
+    mask_HW = split.decode(sample, "mask", decode_mask) if masked else np.zeros((height, width), np.uint8)
+    frame_HW3 = split.decode(sample, "image", decode_image_frame)
+    image_HW3 = np.asarray(resize(Image.fromarray(frame_HW3), (width, height)))  # shards may hold smaller images
 
     def segments_of(masks_NP: torch.Tensor) -> np.ndarray:
         masks_1NGG = masks_NP.unflatten(-1, grid)[None].float()
@@ -256,7 +265,7 @@ def _frame(
             }
         )
     return {
-        "image": split.decode(sample, "image", decode_image_frame),
+        "image": image_HW3,
         "truth": mask_HW,
         "decoder": segments_of(output.alphas_BNP[row]),
         "attention": segments_of(output.attention_BNP[row]),
@@ -290,7 +299,7 @@ def _write(config: EvalConfig, content: dict[str, Any], frames: list[dict[str, A
 
 def _overlap(content: dict[str, Any], kind: str) -> float:
     part = content["attention"] if kind == "attention" else content
-    return part["discovery"]["mBO"] or 0.0
+    return (part["discovery"] or {}).get("mBO") or 0.0
 
 
 def _summary(content: dict[str, Any]) -> str:
@@ -305,6 +314,8 @@ def _summary(content: dict[str, Any]) -> str:
         lines.append(f"  {name:16} {part['R@1']:7.3f} {part['R@5']:7.3f} {part['R@10']:7.3f}   {part['median_rank']:g}")
     chance = found["chance"]
     lines.append(f"  {'chance':16} {chance['R@1']:7.3f} {chance['R@5']:7.3f} {chance['R@10']:7.3f}")
+    if content["discovery"] is None:
+        return "\n".join([*lines, "  this data has no masks, so there are no figures of discovery and grounding"])
     for kind, part in (("decoder", content), ("attention", content["attention"])):
         seen, tied = part["discovery"], part["grounding"]
         accuracy = {name: tied[name]["slot_accuracy"] for name in ("argmax", "floor", "oracle")}

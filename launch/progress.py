@@ -28,18 +28,19 @@ def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None
 
 
 @contextlib.contextmanager
-def counting(title: str, unit: str) -> Iterator[Callable[[int], None]]:
-    """`progress` for work whose end nobody knows: says how much is done, every few seconds."""
-    pace, last = pace_of(0, unit), time.monotonic()
+def reading() -> Iterator[Callable[[str, int, int], None]]:
+    """`progress` over one source after another: `advance(source, bytes_done, bytes_in_all)`, 0 where nobody knows."""
+    with contextlib.ExitStack() as shown:
+        now: tuple[str, Callable[[int], None]] | None = None
 
-    def advance(done: int) -> None:
-        nonlocal last
-        text = pace(done)
-        if time.monotonic() - last >= PLAIN_EVERY_S:
-            last = time.monotonic()
-            print(f"{title}: {done} {unit}, {text.partition(',')[0]}".rstrip(", "), file=sys.stderr, flush=True)
+        def advance(source: str, done: int, total: int) -> None:
+            nonlocal now
+            if now is None or now[0] != source:
+                shown.close()
+                now = source, shown.enter_context(progress(f"reading {source}", total // 10**6, unit="MB"))
+            now[1](done // 10**6)
 
-    yield advance
+        yield advance
 
 
 def pace_of(total: int, unit: str, clock: Clock = time.monotonic) -> Pace:

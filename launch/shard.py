@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from launch.progress import counting, progress
+from launch.progress import progress, reading
 from nsi.errors import UsageError, UserError
 from shards.cut import Settings, may_be_cut_so
 from shards.hdf5 import write_hdf5
@@ -127,7 +127,7 @@ def _shard(config: ShardConfig, part: Part | None) -> None:
 def _survey(config: ShardConfig, pool: Executor) -> Survey:
     if len(config.sources) == 1 and is_legacy(Path(config.sources[0])):
         return survey_scenes(*list_legacy(Path(config.sources[0])))
-    with counting("reading archives", unit="scenes") as advance:
+    with reading() as advance:
         folders = list_sources(config.sources, config.out / UNFINISHED / _SPOOL, advance)
     count = sum(is_scene_json(name) for folder in folders for name in folder.members)
     with progress("checking scenes", count, unit="scenes") as advance:

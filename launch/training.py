@@ -3,68 +3,46 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from cluster.attempt import Attempt, is_replaced, take_attempt
+from cluster.attempt import Attempt, is_replaced
 from cluster.checkpoint import Checkpoint, CheckpointWriter
-from cluster.collectives import any_rank, collect, share
-from cluster.engine import Engine, read_deepspeed_config
+from cluster.collectives import any_rank, share, together
+from cluster.engine import Engine
 from cluster.events import Event, EventLog, Sink
 from cluster.ledger import LedgerWriter
 from cluster.processes import device_of, join, leave
-from cluster.prometheus import forget_endpoints, serve
+from cluster.prometheus import serve
 from cluster.sinks import metrics_sink, tensorboard_sink, validation_sink
 from cluster.stop import StopRequest
 from cluster.world import World, find_world
 from launch import runfolder
-from launch.build import make_backbone, make_model
-from launch.config import TrainConfig, check, to_json
+from launch.config import TrainConfig, check
 from launch.display import training_display
 from launch.meter import Meter
 from launch.pictures import mask_sheet
+from launch.prepare import DEEPSPEED_CONFIG, Parts, begin, prepare
 from launch.readings import Readings
-from launch.resume import Progress, checkpoint_facts, find_checkpoint, load_start
+from launch.resume import Progress, checkpoint_facts
 from launch.schedule import Plateau, after_validation, learning_rate
 from launch.step import StepSettings, training_step
 from launch.validation import validate
-from nsi.backbone import Backbone, parameters_hash
+from nsi.batch import Batch
 from nsi.errors import UserError
-from nsi.model import NeuralSlotInterpreter
-from shards.cache import ShardCache
-from shards.dataset import Split, open_splits
 from shards.feed import on_device
-from shards.loader import check_fits, refuse_faults, training_batches, whole_split
+from shards.loader import refuse_faults, training_batches, whole_split
 from shards.order import Order, rows_per_rank
 from shards.prefetch import prefetching
 from shards.rows import SceneShape
 from shards.workers import DataWorkers, open_workers
 
 KEEP_LAST = 2  # checkpoints kept besides the best one
-DEEPSPEED_CONFIG = Path(__file__).with_name("deepspeed.json")
-Made = TypeVar("Made")
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a run is made of, on this rank."""
-
-    train: Split
-    val: Split
-    order: Order
-    backbone: Backbone
-    backbone_hash: str
-    model: NeuralSlotInterpreter
-    restored: Checkpoint | None
 
 
 def train(config: TrainConfig, stop: StopRequest) -> None:
@@ -81,7 +59,7 @@ def train(config: TrainConfig, stop: StopRequest) -> None:
     join(world)
     parts = together(lambda: prepare(config, world.rank == 0, world.local_rank == 0))
     endpoint = together(lambda: serve(world, config.log_path, config.watch.prometheus_port))
-    attempt = share(together(lambda: _begin(config, world, parts)))  # the first thing that writes to RUN
+    attempt = share(together(lambda: begin(config, world, parts)))  # the first thing that writes to RUN
     assert attempt is not None
     with contextlib.ExitStack() as closing:
         endpoint.register()
@@ -212,7 +190,16 @@ class Trainer:
         batches = whole_split(
             self._parts.val, _shape(config), config.optim.batch_size, world.rank, world.size, self._workers
         )
-        found = validate(self._engine, self._backbone, batches, self._settings)
+        faults: list[str] = []
+
+        def tolerant(batch: Batch) -> Batch:
+            faults.extend(fault.text for fault in batch.faults)
+            return batch
+
+        checked = map(tolerant if config.data.on_bad_sample == "skip" else refuse_faults, batches)
+        found = validate(self._engine, self._backbone, checked, self._settings)
+        if faults:
+            self._tell_of_bad_samples(faults)
         figures = share(found.figures)
         now.plateau = after_validation(now.plateau, config.optim, now.step, figures["loss"])
         if self._board is not None:
@@ -226,8 +213,11 @@ class Trainer:
     def _flush_readings(self) -> None:
         """Brings the ledger up to date, and tells of damaged scenes."""
         if skipped := self._readings.flush(self.now.step):
-            facts = {"count": len(skipped), "faults": [each.fault for each in skipped]}
-            self._log.emit(Event("bad_samples", self.now.step, time.time(), time.time(), facts))
+            self._tell_of_bad_samples([each.fault for each in skipped])
+
+    def _tell_of_bad_samples(self, faults: list[str]) -> None:
+        facts = {"count": len(faults), "faults": faults}
+        self._log.emit(Event("bad_samples", self.now.step, time.time(), time.time(), facts))
 
     def _save(self) -> None:
         """Hands the whole state to the writer, unless this step has been saved."""
@@ -246,95 +236,9 @@ class Trainer:
         self._log.emit(Event("checkpoint", now.step, t0, time.time()))
 
 
-def prepare(config: TrainConfig, speak: bool, first_of_node: bool) -> Parts:
-    """Opens the data, builds the model, and finds what to go on from.
-
-    `speak`: whether to print warnings. `first_of_node`: whether to look if all shards are there, once a node.
-
-    Raises UserError for anything that does not fit together.
-    """
-    read_deepspeed_config(config.engine.deepspeed_config or DEEPSPEED_CONFIG)  # the engine reads it again, too late
-    cache = ShardCache(config.data.cache_path, int(config.data.cache_gb * 1e9)) if config.data.cache_path else None
-    train_split, val_split = open_splits(config.data_path, ("train", "val"), cache)
-    for split in (train_split, val_split):
-        check_fits(split, config.data.max_program_len)
-        if first_of_node:
-            split.check_complete()
-    if config.optim.batch_size > len(train_split):
-        raise UserError(
-            f"{config.data_path}: --batch_size {config.optim.batch_size} is larger than the train split's "
-            f"{len(train_split)} scenes; lower it"
-        )
-    backbone = make_backbone(config.backbone, config.data.image_size)
-    backbone_hash = parameters_hash(backbone)
-    restored = find_checkpoint(config, train_split, backbone_hash, speak)
-    model = make_model(config, train_split.manifest.vocabulary, backbone)
-    if restored:
-        model.load_state_dict(restored.training.parameters)
-    elif config.checkpoint_path:
-        load_start(model, config.checkpoint_path, train_split)
-    order = Order(train_split.shard_samples, config.optim.seed, config.optim.batch_size)
-    return Parts(train_split, val_split, order, backbone, backbone_hash, model, restored)
-
-
 def total_steps(config: TrainConfig, order: Order) -> int:
     """Where training ends: --max_steps, or so many steps as --epochs take."""
     return config.optim.max_steps or math.ceil(config.optim.epochs * order.samples / config.optim.batch_size)
-
-
-def together(make: Callable[[], Made]) -> Made:
-    """Runs something on every rank; where it fails on any, all end, and the first that failed says why."""
-    made: Any = None
-    trouble: str | None = None
-    try:
-        made = make()
-    except UserError as error:
-        trouble = str(error)
-    except Exception as error:  # the others must hear of it too, or they would wait for ever
-        trouble = f"{type(error).__name__}: {error}"
-    troubles = collect(trouble)
-    failed = [rank for rank, each in enumerate(troubles) if each is not None]
-    if not failed:
-        return made
-    if trouble is not None and troubles.index(trouble) == torch.distributed.get_rank():
-        raise UserError(trouble)
-    raise SystemExit(1)
-
-
-def _begin(config: TrainConfig, world: World, parts: Parts) -> Attempt | None:
-    """Rank 0 takes the attempt's number and writes down what is about to run."""
-    if world.rank != 0:
-        return None
-    step = parts.restored.step if parts.restored else 0
-    attempt = take_attempt(config.log_path / runfolder.ATTEMPTS, world.size, world.launcher, step)
-    (config.log_path / runfolder.STOPPED).unlink(missing_ok=True)
-    forget_endpoints(config.log_path)
-    manifest = parts.train.manifest
-    content = {
-        "config": to_json(config),
-        "data": {
-            "path": config.data_path,
-            "fingerprint": manifest.fingerprint,
-            "variant": manifest.variant,
-            "split_rule": manifest.split_rule,
-            "image_size": manifest.image_size,
-            **{split: manifest.samples(split) for split in manifest.splits},
-        },
-        "vocabulary": vars(manifest.vocabulary),
-        "backbone": {
-            "name": config.backbone.backbone,
-            "hash": parts.backbone_hash,
-            "feature_dim": parts.backbone.feature_dim,
-            "grid": parts.backbone.grid,
-        },
-        "parameters": sum(parameter.numel() for parameter in parts.model.parameters()),
-        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-    }
-    path = config.log_path / runfolder.CONFIG
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.rename(path)
-    return attempt
 
 
 def _shape(config: TrainConfig) -> SceneShape:

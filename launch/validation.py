@@ -20,7 +20,6 @@ from nsi.loss import Rows, contrastive_sum
 from nsi.maxsim import maxsim
 from nsi.metrics.retrieval import retrieval, schema_groups
 from nsi.noise import KeyedNoise
-from shards.loader import refuse_faults
 
 VALIDATION_STEP = -1  # keys the slot noise of every validation and evaluation: no training step has this number
 SCENES_SHOWN = 8
@@ -43,7 +42,7 @@ def validate(engine: Engine, backbone: Backbone, batches: Iterable[Batch], setti
     sums_3 = torch.zeros(3, dtype=torch.float64)  # contrastive, reconstruction, scenes
     shown: tuple[torch.Tensor, torch.Tensor] | None = None
     with torch.no_grad():
-        for cpu_batch in map(refuse_faults, batches):
+        for cpu_batch in batches:
             batch = cpu_batch.to(_device(backbone, engine))
             features_BPF = backbone(batch.images_BCHW)
             noise = KeyedNoise(settings.seed, VALIDATION_STEP, batch.sample_ids_B)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from nsi.errors import UsageError
 from shards.sources.archive import is_archive, list_archive
 from shards.sources.folder import list_folder
 from shards.sources.listing import Folder
-from shards.sources.stream import is_stream, list_stream
+from shards.sources.stream import Progress, is_stream, list_stream
 
 
-def list_sources(sources: Sequence[str], spool: Path, report: Callable[[int], None]) -> list[Folder]:
+def list_sources(sources: Sequence[str], spool: Path, report: Progress) -> list[Folder]:
     """The members of all sources, folder by folder.
 
-    What can only be read front to back is kept in `spool` meanwhile, and `report` told how many scenes it has given.
+    What can only be read front to back is kept in `spool` meanwhile, and `report` told how much has been read.
     Raises UserError for a source that is missing, damaged or holds no scene.
     """
     folders: list[Folder] = []

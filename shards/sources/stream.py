@@ -25,20 +25,21 @@ from shards.storage import Retries
 
 PATIENCE = Retries(limit=8)  # a minute in all without a single byte
 
+Progress = Callable[[str, int, int], None]  # a source, how many of its bytes have been read, how many it has
+
 
 def is_stream(source: str) -> bool:
     """Whether a source can only be read front to back, by its name."""
     return is_url(source) or source.endswith((".tar.gz", ".tgz"))
 
 
-def list_stream(
-    sources: Sequence[str], spool: Path, report: Callable[[int], None], retries: Retries = PATIENCE
-) -> list[Folder]:
+def list_stream(sources: Sequence[str], spool: Path, report: Progress, retries: Retries = PATIENCE) -> list[Folder]:
     """Every folder inside some archives that holds a scene's JSON, with its members, whose bytes are in `spool`.
 
-    The archives are parts of one data set: a folder may go on in the next. `report` is told how many scenes' JSONs
-    have been seen. Raises UserError where an archive cannot be had, is cut or damaged, holds what no archive of scenes
-    has, is not the one that the spool was begun with, or where the disk is full.
+    The archives are parts of one data set: a folder may go on in the next. `report` is told of each how many bytes
+    have been read and of how many, 0 where nobody knows. Raises UserError where an archive cannot be had, is cut or
+    damaged, holds what no archive of scenes has, is not the one that the spool was begun with, or where the disk is
+    full.
     """
     members = Members()
     for number, source in enumerate(sources):
@@ -56,25 +57,24 @@ def list_stream(
     return members.folders()
 
 
-def _list_part(source: str, part: Spool, members: Members, report: Callable[[int], None], retries: Retries) -> None:
+def _list_part(source: str, part: Spool, members: Members, report: Progress, retries: Retries) -> None:
     """Adds the members of one source: those in its spool, then those that are still to come."""
     check_same(part.head or {}, name_of(source))
 
     def add(name: str, header: int, offset: int, size: int) -> None:
-        before = members.scenes
         members.add(label(source), name, header, Place(str(part.path), offset, size))
-        if members.scenes > before:
-            report(members.scenes)
 
     for entry in part.entries:
         header = entry.next - tar.padding(entry.size) - entry.size - tar.BLOCK
         add(entry.name, header, entry.offset, entry.size)
     if not part.is_complete:
-        _read_on(source, part, add, retries)
+        _read_on(source, part, add, report, retries)
         part.finish()
 
 
-def _read_on(source: str, part: Spool, add: Callable[[str, int, int, int], None], retries: Retries) -> None:
+def _read_on(
+    source: str, part: Spool, add: Callable[[str, int, int, int], None], report: Progress, retries: Retries
+) -> None:
     """Reads a source to its end; members that the spool lacks are added and appended to it."""
     known = tuple(part.entries)
     identity: dict[str, str | int | None] = {}
@@ -84,8 +84,16 @@ def _read_on(source: str, part: Spool, add: Callable[[str, int, int, int], None]
         identity.update(found)
 
     start = known[-1].next if part.head and known and not part.head["packed"] else 0
+
+    def counted(raw: Iterator[bytes]) -> Iterator[bytes]:
+        done = start
+        for piece in raw:
+            done += len(piece)
+            report(label(source), done, int(identity.get("size") or 0))
+            yield piece
+
     with closing(fetch(source, start, retries, meet)) as raw:
-        pieces, is_packed = (raw, False) if start else unpack(raw)
+        pieces, is_packed = (counted(raw), False) if start else unpack(counted(raw))
         if not part.head:
             part.begin({**name_of(source), **identity, "packed": is_packed})
         stream = Forward(pieces, start)

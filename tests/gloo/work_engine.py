@@ -16,7 +16,7 @@ from cluster.processes import join, leave
 from cluster.world import find_world
 from launch.config import LossConfig
 from launch.step import StepSettings, training_step
-from launch.training import DEEPSPEED_CONFIG
+from launch.prepare import DEEPSPEED_CONFIG
 from shards.order import rank_rows, rows_per_rank
 
 out, plan = sys.argv[1], json.loads(sys.argv[2])
