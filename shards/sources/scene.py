@@ -28,6 +28,7 @@ class Place(NamedTuple):
     path: str
     offset: int
     size: int
+    source: str = ""  # what a person knows the bytes from, where the file is a copy of our own
 
 
 class HdfRow(NamedTuple):
@@ -67,7 +68,7 @@ class Scene:
 
 def describe(place: Place, name: str) -> str:
     """A place for messages: the file, and which member of it where it is an archive."""
-    path, _, _ = place
+    path = place.source or place.path
     return path if os.path.basename(path) == name or path.endswith((".json", ".png")) else f"{path}: {name}"
 
 

@@ -60,9 +60,10 @@ def list_stream(sources: Sequence[str], spool: Path, report: Progress, retries: 
 def _list_part(source: str, part: Spool, members: Members, report: Progress, retries: Retries) -> None:
     """Adds the members of one source: those in its spool, then those that are still to come."""
     check_same(part.head or {}, name_of(source))
+    path, known_as = str(part.path), label(source)
 
     def add(name: str, header: int, offset: int, size: int) -> None:
-        members.add(label(source), name, header, Place(str(part.path), offset, size))
+        members.add(known_as, name, header, Place(path, offset, size, known_as))
 
     for entry in part.entries:
         header = entry.next - tar.padding(entry.size) - entry.size - tar.BLOCK
