@@ -21,8 +21,8 @@ from launch import runfolder
 from launch.progress import progress
 from nsi.errors import UserError
 from shards.coverage import first_fault, split_digests
-from shards.dataset import Split, open_split
 from shards.order import Order
+from shards.reading.dataset import Split, open_split
 
 
 @dataclass(frozen=True)

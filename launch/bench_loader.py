@@ -16,20 +16,20 @@ import numpy as np
 
 from launch.bench import Comparison, compare, note, stopwatch
 from launch.bench_scenes import rendered
-from shards.cut import Settings
-from shards.dataset import Split, open_split
 from shards.decode import decode_image
 from shards.index import index_path
-from shards.loader import rank_ids, training_batches
+from shards.loading.loader import rank_ids, training_batches
+from shards.loading.rows import SceneShape
+from shards.loading.workers import DataWorkers, open_workers
 from shards.manifest import Manifest, ShardTable, read_manifest, shard_name, write_manifest
 from shards.order import Order
 from shards.processes import as_they_end, process_pool
-from shards.rows import SceneShape
-from shards.sample import training_bytes
+from shards.reading.dataset import Split, open_split
+from shards.reading.sample import training_bytes
 from shards.sources.folder import list_folder
-from shards.survey import survey_folders
-from shards.workers import DataWorkers, open_workers
-from shards.write import write_shards
+from shards.writing.cut import Settings
+from shards.writing.survey import survey_folders
+from shards.writing.write import write_shards
 
 BATCH = 128
 IMAGE_SIZE = 224
@@ -125,11 +125,11 @@ def _decode(images: list[bytes]) -> float:
 
 
 _OURS = """
-from shards.dataset import open_split
-from shards.loader import rank_ids, training_batches
+from shards.reading.dataset import open_split
+from shards.loading.loader import rank_ids, training_batches
 from shards.order import Order
-from shards.rows import SceneShape
-from shards.workers import open_workers
+from shards.loading.rows import SceneShape
+from shards.loading.workers import open_workers
 split = open_split(sys.argv[1], "train")
 with open_workers(int(sys.argv[3])) as workers:
     order = Order(split.shard_samples, 0, int(sys.argv[2]))

@@ -35,11 +35,11 @@ from nsi.metrics.view import OFFICIAL_VIEW, peaks, segments, view_alphas, view_m
 from nsi.model import NeuralSlotInterpreter, Output
 from nsi.noise import KeyedNoise
 from nsi.schema import Vocabulary
-from shards.dataset import Split, open_split
 from shards.decode import decode_image_frame, decode_mask, resize
-from shards.loader import check_fits, refuse_faults, whole_split
-from shards.rows import SceneShape
-from shards.workers import open_workers
+from shards.loading.loader import check_fits, refuse_faults, whole_split
+from shards.loading.rows import SceneShape
+from shards.loading.workers import open_workers
+from shards.reading.dataset import Split, open_split
 
 SCENES_SHOWN = 12
 

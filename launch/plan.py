@@ -16,7 +16,7 @@ from nsi.errors import UsageError, UserError
 from shards.capacity import Capacity, World, capacity
 from shards.manifest import MANIFEST, Manifest, parse_manifest
 from shards.pace import REMOTE_REQUESTS, Pace, Speeds, pace
-from shards.storage import Storage, open_storage
+from shards.reading.storage import Storage, open_storage
 
 SPLIT = "train"
 

@@ -21,10 +21,10 @@ from launch.resume import find_checkpoint, load_start
 from nsi.backbone import Backbone, parameters_hash
 from nsi.errors import UserError
 from nsi.model import NeuralSlotInterpreter
-from shards.cache import ShardCache
-from shards.dataset import Split, open_splits
-from shards.loader import check_fits
+from shards.loading.loader import check_fits
 from shards.order import Order
+from shards.reading.cache import ShardCache
+from shards.reading.dataset import Split, open_splits
 
 DEEPSPEED_CONFIG = Path(__file__).with_name("deepspeed.json")
 

@@ -13,8 +13,8 @@ from launch.config import TrainConfig, from_json, science, to_json
 from launch.schedule import Plateau
 from nsi.errors import UserError
 from nsi.model import NeuralSlotInterpreter
-from shards.dataset import Split
 from shards.manifest import Manifest
+from shards.reading.dataset import Split
 
 
 @dataclass

@@ -14,7 +14,6 @@ import tyro
 
 from launch.progress import progress, reading
 from nsi.errors import UsageError, UserError
-from shards.cut import Settings, may_be_cut_so
 from shards.hdf5 import write_hdf5
 from shards.manifest import MANIFEST, Manifest, read_manifest
 from shards.processes import process_pool
@@ -22,11 +21,12 @@ from shards.sources.find import check_parts_can_share, list_sources
 from shards.sources.legacy import is_legacy, list_legacy
 from shards.sources.listing import is_scene_json
 from shards.sources.stream import is_stream
-from shards.splits import SplitRule
-from shards.survey import Survey, survey_folders, survey_scenes
-from shards.target import UNFINISHED, check_target, leaving_nothing
-from shards.transform import Encoding, Transform, parse_size
-from shards.write import Part, merge_shards, write_shards
+from shards.writing.cut import Settings, may_be_cut_so
+from shards.writing.splits import SplitRule
+from shards.writing.survey import Survey, survey_folders, survey_scenes
+from shards.writing.target import UNFINISHED, check_target, leaving_nothing
+from shards.writing.transform import Encoding, Transform, parse_size
+from shards.writing.write import Part, merge_shards, write_shards
 
 _SPOOL = "spool"
 

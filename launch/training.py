@@ -35,12 +35,12 @@ from launch.step import StepSettings, training_step
 from launch.validation import validate
 from nsi.batch import Batch
 from nsi.errors import UserError
-from shards.feed import on_device
-from shards.loader import refuse_faults, training_batches, whole_split
+from shards.loading.feed import on_device
+from shards.loading.loader import refuse_faults, training_batches, whole_split
+from shards.loading.prefetch import prefetching
+from shards.loading.rows import SceneShape
+from shards.loading.workers import DataWorkers, open_workers
 from shards.order import Order, rows_per_rank
-from shards.prefetch import prefetching
-from shards.rows import SceneShape
-from shards.workers import DataWorkers, open_workers
 
 KEEP_LAST = 2  # checkpoints kept besides the best one
 

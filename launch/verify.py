@@ -9,9 +9,9 @@ import tyro
 
 from launch.progress import progress
 from nsi.errors import UsageError, UserError
-from shards.dataset import load_manifest
 from shards.processes import process_pool
-from shards.storage import open_storage
+from shards.reading.dataset import load_manifest
+from shards.reading.storage import open_storage
 from shards.verify import verify
 
 

@@ -21,9 +21,9 @@ import numpy as np
 
 from nsi.errors import UsageError, UserError
 from nsi.schema import Vocabulary
-from shards.dataset import Split, open_split
 from shards.decode import decode_image
 from shards.manifest import read_manifest
+from shards.reading.dataset import Split, open_split
 from shards.schema_json import decode_schema
 from shards.sources.legacy import (
     IMAGES,

@@ -13,15 +13,15 @@ import xxhash
 
 from nsi.errors import UserError
 from nsi.schema import Vocabulary
-from shards.dataset import index_name
 from shards.decode import decode_image_frame, decode_mask
 from shards.index import MEMBERS, build_index, parse_index
 from shards.manifest import MANIFEST, Manifest, Shard, manifest_bytes, parse_manifest
 from shards.processes import as_they_end
-from shards.sample import DECODING_ERRORS
+from shards.reading.dataset import index_name
+from shards.reading.sample import DECODING_ERRORS
+from shards.reading.storage import Storage
 from shards.schema_json import SceneSchema, decode_facts, decode_schema
-from shards.storage import Storage
-from shards.target import UNFINISHED
+from shards.writing.target import UNFINISHED
 
 
 def verify(storage: Storage, pool: Executor, report: Callable[[int], None]) -> list[str]:

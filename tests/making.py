@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shards.cut import Settings
 from shards.manifest import Manifest
 from shards.processes import process_pool
 from shards.sources.folder import list_folder
-from shards.survey import Survey, survey_folders
-from shards.write import write_shards
+from shards.writing.cut import Settings
+from shards.writing.survey import Survey, survey_folders
+from shards.writing.write import write_shards
 
 
 def silent(done: int) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 import xxhash
 
 from nsi.errors import UserError
-from shards.storage import PIECE_BYTES, Retries
+from shards.reading.storage import PIECE_BYTES, Retries
 
 # What a source says of itself (size, time, ETag), to tell whether it is still the same; None for what it keeps quiet.
 Identity: TypeAlias = "Mapping[str, str | int | None]"

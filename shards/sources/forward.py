@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator
 from itertools import chain
 
-from shards.storage import PIECE_BYTES
+from shards.reading.storage import PIECE_BYTES
 from shards.tar import Damage
 
 _GZIP_MAGIC = b"\x1f\x8b"

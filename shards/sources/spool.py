@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from nsi.errors import UserError
-from shards.storage import PIECE_BYTES
+from shards.reading.storage import PIECE_BYTES
 
 _SYNC_BYTES = 64 << 20  # the most that a failing machine, as opposed to a killed process, makes us fetch again
 _COMPLETE = "complete"

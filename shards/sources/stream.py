@@ -15,13 +15,13 @@ import xxhash
 
 from nsi.errors import UserError
 from shards import tar
+from shards.reading.storage import Retries
 from shards.sources.fetch import Changed, Identity, check_same, fetch, is_url, label, name_of
 from shards.sources.forward import Forward, unpack
 from shards.sources.listing import Folder
 from shards.sources.members import Members, wanted_name
 from shards.sources.scene import Place
 from shards.sources.spool import Entry, Spool, open_spool
-from shards.storage import Retries
 
 PATIENCE = Retries(limit=8)  # a minute in all without a single byte
 

@@ -15,8 +15,8 @@ from cluster.engine import Engine, EngineConfig
 from cluster.processes import join, leave
 from cluster.world import find_world
 from launch.config import LossConfig
-from launch.step import StepSettings, training_step
 from launch.prepare import DEEPSPEED_CONFIG
+from launch.step import StepSettings, training_step
 from shards.order import rank_rows, rows_per_rank
 
 out, plan = sys.argv[1], json.loads(sys.argv[2])

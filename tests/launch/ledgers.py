@@ -19,8 +19,8 @@ from launch import runfolder
 from launch.audit import AuditConfig, run
 from nsi.errors import UserError
 from shards.coverage import batch_digest, read_digest
-from shards.dataset import open_split
 from shards.order import Order, rank_rows
+from shards.reading.dataset import open_split
 
 BATCH, SEED = 9, 5  # 48 train scenes: an epoch ends within a batch
 

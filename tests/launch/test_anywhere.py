@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from launch.runfolder import read_lines
-from shards.cache import ShardCache
-from shards.dataset import open_split
+from shards.reading.cache import ShardCache
+from shards.reading.dataset import open_split
 from tests.launch.outside import done, nsi, refused
 from tests.launch.test_training import BIN, ROOT, SMALL, call, environment, losses, one_line
 from tests.shards.servers import CUT, RESET, FileServer, file_server, s3_server

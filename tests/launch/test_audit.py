@@ -20,8 +20,8 @@ from launch import cli, runfolder
 from launch.audit import AuditConfig, run
 from nsi.errors import UserError
 from shards.coverage import batch_digest, read_digest
-from shards.dataset import open_split
 from shards.order import Order
+from shards.reading.dataset import open_split
 from tests.launch.ledgers import BATCH, Trained, begin, fault, proof, read_samples
 
 

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.dataset import open_split
 from shards.decode import decode_image, decode_image_frame
 from shards.manifest import MANIFEST, read_manifest
+from shards.reading.dataset import open_split
 from shards.schema_json import decode_schema
 from tests.launch.outside import contents, done, edited, in_form, in_v1, nsi, refused, shard, write_files
 from tests.shards.archives import Files, archive_of, archive_server, files_of

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nsi.errors import UserError
-from shards.dataset import open_split
 from shards.index import MEMBERS
+from shards.reading.dataset import open_split
 from tests.launch.outside import done, nsi, shard, write_files
 from tests.shards.archives import files_of
 

@@ -358,7 +358,7 @@ def test_the_sample_in_its_original_layout(tmp_path: Path) -> None:
 
 def break_scenes(shards: Path, tmp_path: Path, count: int) -> tuple[Path, list[str]]:
     """A copy of the shards in which a byte of so many training images is flipped, and the keys of these."""
-    from shards.dataset import open_split
+    from shards.reading.dataset import open_split
 
     copy = Path(shutil.copytree(shards, tmp_path / "broken"))
     broken = open_split(copy, "train").locate(range(3, 3 + 7 * count, 7))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from shards.storage import Retries
+from shards.reading.storage import Retries
 
 QUICK = Retries(limit=3, first_wait_s=0.001, timeout_s=20.0)
 

@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsi.errors import UserError
-from shards.cache import ShardCache
-from shards.storage import Storage, open_storage
+from shards.reading.cache import ShardCache
+from shards.reading.storage import Storage, open_storage
 from tests.shards.servers import CUT, FLIP, HOLD, QUICK, FileServer, file_server
 
 ROOT = Path(__file__).parents[2]
@@ -34,8 +34,8 @@ A, B, C, D, *_ = FILES
 WORKER = """if True:
     import sys
     from pathlib import Path
-    from shards.cache import ShardCache
-    from shards.storage import Retries, open_storage
+    from shards.reading.cache import ShardCache
+    from shards.reading.storage import Retries, open_storage
     url, folder, limit, fingerprint, name, size, sha256 = sys.argv[1:]
     storage = open_storage(url, Retries(limit=3, first_wait_s=0.001, timeout_s=60))
     print(ShardCache(Path(folder), int(limit)).get(storage, fingerprint, name, int(size), sha256))

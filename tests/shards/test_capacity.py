@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 
 from nsi.schema import Vocabulary
 from shards import capacity as capacities
-from shards import dataset, remote
 from shards import pace as paces
 from shards.capacity import INDEX_HEADER_BYTES, INDEX_RECORD_BYTES, Capacity, World, capacity, shards_touched
-from shards.dataset import Split
 from shards.index import MemberPlace, index_bytes, make_index
-from shards.loader import training_batches
+from shards.loading.loader import training_batches
 from shards.manifest import Manifest, ShardTable
 from shards.order import Order, rank_rows, rows_per_rank
 from shards.pace import Speeds, pace
-from shards.reader import SpanReader
-from shards.storage import open_storage
+from shards.reading import dataset, remote
+from shards.reading.dataset import Split
+from shards.reading.reader import SpanReader
+from shards.reading.storage import open_storage
 
 
 def manifest_of(samples: Sequence[int] | np.ndarray, bytes_: Sequence[int] | np.ndarray) -> Manifest:

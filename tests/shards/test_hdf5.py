@@ -16,19 +16,19 @@ import orjson
 import pytest
 
 from nsi.errors import UsageError, UserError
-from shards.cut import Settings
-from shards.dataset import Split, open_split
 from shards.decode import decode_image
 from shards.hdf5 import write_hdf5
 from shards.manifest import read_manifest
 from shards.processes import process_pool
+from shards.reading.dataset import Split, open_split
 from shards.schema_json import decode_facts, decode_schema
 from shards.sources.folder import list_folder
 from shards.sources.legacy import SPLITS, list_legacy, read_rows
 from shards.sources.scene import HdfRow
-from shards.survey import survey_folders
 from shards.synthetic.write import write_scenes
-from shards.write import write_shards
+from shards.writing.cut import Settings
+from shards.writing.survey import survey_folders
+from shards.writing.write import write_shards
 
 SIZE = 32
 

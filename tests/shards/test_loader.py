@@ -17,14 +17,14 @@ from PIL import Image
 
 from nsi.errors import UserError
 from shards.coverage import read_digest
-from shards.dataset import Split, open_split
 from shards.decode import decode_image, decode_mask
-from shards.feed import on_device
-from shards.loader import check_fits, refuse_faults, training_batches, whole_split
+from shards.loading.feed import on_device
+from shards.loading.loader import check_fits, refuse_faults, training_batches, whole_split
+from shards.loading.rows import BatchShape, SceneShape, memory_size, rows_of
+from shards.loading.workers import DataWorkers, open_workers
 from shards.order import Order
-from shards.rows import BatchShape, SceneShape, memory_size, rows_of
+from shards.reading.dataset import Split, open_split
 from shards.schema_json import decode_schema
-from shards.workers import DataWorkers, open_workers
 
 SHAPE = SceneShape(image_size=32, max_objects=10)
 

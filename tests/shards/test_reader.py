@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from nsi.errors import UserError
-from shards.cache import ShardCache
-from shards.reader import Span, SpanReader
-from shards.storage import Storage, open_storage
+from shards.reading.cache import ShardCache
+from shards.reading.reader import Span, SpanReader
+from shards.reading.storage import Storage, open_storage
 from tests.shards.servers import FLIP, QUICK, FileServer, file_server, s3_server
 
 FINGERPRINT = "0123456789abcdef" * 4

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from launch.bench_loader import many_samples
-from shards.dataset import open_split
 from shards.order import Order
+from shards.reading.dataset import open_split
 
 
 def best_seconds(of: int, prepare, act) -> float:
@@ -70,8 +70,8 @@ def test_blocks_are_the_shards_that_a_batch_needs() -> None:
 
 READ = """
 import sys, resource
-from shards.dataset import open_split
-from shards.loader import rank_ids
+from shards.reading.dataset import open_split
+from shards.loading.loader import rank_ids
 from shards.order import Order
 split = open_split(sys.argv[1], "train")
 reader = split.source.reader()

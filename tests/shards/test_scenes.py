@@ -15,8 +15,8 @@ from shards.picture import read_header
 from shards.sources.folder import list_folder
 from shards.sources.listing import read_scenes
 from shards.sources.scene import JSON_LIMIT, PICTURE_LIMIT, Scene
-from shards.splits import split_by_rank, split_scenes
-from shards.vocabulary import known_materials
+from shards.writing.splits import split_by_rank, split_scenes
+from shards.writing.vocabulary import known_materials
 from tests.making import make_shards, survey
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from nsi.errors import UserError
-from shards.remote import CONCURRENT
-from shards.storage import Retries, Storage, open_storage
+from shards.reading.remote import CONCURRENT
+from shards.reading.storage import Retries, Storage, open_storage
 from tests.shards.servers import CUT, HOLD, QUICK, RESET, FileServer, file_server, s3_environment, s3_server
 
 ROOT = Path(__file__).parents[2]
@@ -128,7 +128,7 @@ def test_in_another_process(storage: Storage) -> None:
 def test_after_a_fork(storage: Storage) -> None:
     script = """if True:
         import gc, os, sys
-        from shards.storage import Retries, open_storage
+        from shards.reading.storage import Retries, open_storage
         storage = open_storage(sys.argv[1], Retries(limit=1, timeout_s=20))
         requests = [("manifest.json", 0, 9)] * 20
         first = storage.read_ranges(requests)
@@ -171,7 +171,7 @@ def test_where_things_are() -> None:
 def test_a_folder_pays_for_no_network(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(b"x")
     script = (
-        "import sys, shards.reader; from shards.storage import open_storage;"
+        "import sys, shards.reading.reader; from shards.reading.storage import open_storage;"
         "open_storage(sys.argv[1]).read('manifest.json');"
         "print(*{'fsspec', 'aiohttp', 'botocore', 's3fs', 'torch', 'asyncio'} & set(sys.modules))"
     )

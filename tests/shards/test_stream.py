@@ -19,11 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nsi.errors import UserError
+from shards.reading.storage import Retries
 from shards.sources.archive import list_archive
 from shards.sources.listing import Folder
 from shards.sources.scene import JSON_LIMIT, PICTURE_LIMIT
 from shards.sources.stream import Progress, is_stream, list_stream
-from shards.storage import Retries
 from tests.shards.archives import ArchiveServer, Files, archive_of, archive_server, bytes_in, files_of, link, scenes_in
 
 QUICK = Retries(limit=3, first_wait_s=0.001, timeout_s=20.0)

@@ -17,21 +17,21 @@ from PIL import Image
 
 from launch.cli import run as nsi
 from nsi.errors import UserError
-from shards import write as writing
-from shards.cut import Settings, cut
-from shards.dataset import open_split
 from shards.decode import decode_image, decode_image_frame
 from shards.index import index_path
 from shards.manifest import MANIFEST, read_manifest
-from shards.pack import remove_leftovers
 from shards.processes import process_pool
+from shards.reading.dataset import open_split
+from shards.reading.storage import open_storage
 from shards.schema_json import decode_facts, decode_schema
 from shards.sources.scene import Place
-from shards.storage import open_storage
-from shards.survey import Survey
-from shards.transform import Transform
 from shards.verify import verify as verify_storage
-from shards.write import UNFINISHED, Part, merge_shards, write_shards
+from shards.writing import write as writing
+from shards.writing.cut import Settings, cut
+from shards.writing.pack import remove_leftovers
+from shards.writing.survey import Survey
+from shards.writing.transform import Transform
+from shards.writing.write import UNFINISHED, Part, merge_shards, write_shards
 from tests.making import make_shards, silent, survey, write
 
 

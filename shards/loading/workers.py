@@ -26,9 +26,9 @@ import torch
 
 from nsi.batch import Batch, Fault
 from nsi.errors import UserError
-from shards.dataset import Split
-from shards.rows import EMPTY, BatchShape, Read, memory_size, rows_of
-from shards.worker import Fill, Filled, Open, Share
+from shards.loading.rows import EMPTY, BatchShape, Read, memory_size, rows_of
+from shards.loading.worker import Fill, Filled, Open, Share
+from shards.reading.dataset import Split
 
 _ROWS_A_TASK = 64  # messages stay far below what a socket holds, so that neither side ever waits for the other to read
 # Schedulers and terminals signal every process of a job. What to do is training's business; workers end with it.
@@ -219,10 +219,13 @@ def open_workers(count: int, pin: bool = False) -> Iterator[DataWorkers]:
 
 
 def _start(connection: Connection) -> subprocess.Popen:
-    code = f"import sys; sys.path[:] = {sys.path!r}; from shards.worker import main; main({connection.fileno()})"
+    file = connection.fileno()
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}; from shards.loading.worker import main; main({connection.fileno()})"
+    )
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
     try:  # a child inherits the mask
-        return subprocess.Popen([sys.executable, "-c", code], pass_fds=[connection.fileno()], stdin=subprocess.DEVNULL)
+        return subprocess.Popen([sys.executable, "-c", code], pass_fds=[file], stdin=subprocess.DEVNULL)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -23,7 +23,7 @@ import aiohttp
 import fsspec
 
 from nsi.errors import UserError
-from shards.storage import PIECE_BYTES, HashedFile, Request, Retries, Storage
+from shards.reading.storage import PIECE_BYTES, HashedFile, Request, Retries, Storage
 
 CONCURRENT = 32  # requests under way for one call of read_ranges
 

@@ -21,14 +21,14 @@ import xxhash
 from nsi.errors import UserError
 from nsi.schema import Vocabulary
 from shards import tar
-from shards.cut import ShardPlan
 from shards.index import JSON_SUFFIX, MASK_SUFFIX, MemberPlace, index_bytes, make_index
 from shards.manifest import Shard
 from shards.picture import MASK_MODES, read_header
 from shards.schema_json import encode_schema, label_places
 from shards.sources.legacy import read_rows
 from shards.sources.scene import HdfRow, Place, Scene, describe, read_place
-from shards.transform import Transform, encode_picture
+from shards.writing.cut import ShardPlan
+from shards.writing.transform import Transform, encode_picture
 
 TEMPORARY = ".tmp"
 

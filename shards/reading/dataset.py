@@ -17,12 +17,12 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from nsi.errors import UserError
-from shards.cache import ShardCache
 from shards.index import INDEX_SUFFIX, MEMBERS, MemberPlace, parse_index
 from shards.manifest import MANIFEST, Manifest, Shard, ShardTable, parse_manifest
-from shards.reader import Span
-from shards.sample import DECODING_ERRORS, Sample, Source, cannot_decode, member_bytes
-from shards.storage import Storage, open_storage
+from shards.reading.cache import ShardCache
+from shards.reading.reader import Span
+from shards.reading.sample import DECODING_ERRORS, Sample, Source, cannot_decode, member_bytes
+from shards.reading.storage import Storage, open_storage
 
 Decoded = TypeVar("Decoded")
 _INDEXES_KEPT = 128  # two blocks of the order and room to spare; some 50 KB each

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nsi.errors import UserError
 from shards.manifest import MANIFEST
-from shards.pack import remove_leftovers
+from shards.writing.pack import remove_leftovers
 
 UNFINISHED = ".unfinished"  # what is done so far, while a run is on its way
 PLAN = "plan.json"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nsi.errors import UserError
-from shards.cache import ShardCache, mark_used
-from shards.storage import Storage
+from shards.reading.cache import ShardCache, mark_used
+from shards.reading.storage import Storage
 
 
 class Span(NamedTuple):

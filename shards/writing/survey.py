@@ -11,7 +11,7 @@ from nsi.schema import Vocabulary
 from shards.processes import as_they_end
 from shards.sources.listing import Folder, Names, merge_names, read_scenes
 from shards.sources.scene import Scene
-from shards.vocabulary import build_vocabulary
+from shards.writing.vocabulary import build_vocabulary
 
 _FOLDERS_A_TASK = 64  # v2 has a folder for each scene
 Report = Callable[[int], None]

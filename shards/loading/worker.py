@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from nsi.errors import UserError
-from shards.reader import SpanReader
-from shards.rows import BatchShape, Read, Rows, fill_row, memory_size, rows_of
-from shards.sample import Sample, Source
+from shards.loading.rows import BatchShape, Read, Rows, fill_row, memory_size, rows_of
+from shards.reading.reader import SpanReader
+from shards.reading.sample import Sample, Source
 
 
 class Open(NamedTuple):

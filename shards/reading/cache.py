@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nsi.errors import UserError
-from shards.storage import Storage
+from shards.reading.storage import Storage
 
 ROOM_LOCK = "room.lock"
 POLL_S = 0.1  # between looks for room, while other processes' downloads fill the cache

@@ -14,7 +14,7 @@ import numpy as np
 from nsi.errors import UserError
 from shards.coverage import read_digest
 from shards.decode import decode_image
-from shards.sample import DECODING_ERRORS, Sample, Source, cannot_decode, training_bytes
+from shards.reading.sample import DECODING_ERRORS, Sample, Source, cannot_decode, training_bytes
 from shards.schema_json import decode_schema
 
 

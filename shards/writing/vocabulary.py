@@ -15,7 +15,7 @@ KNOWN_SHAPES = frozenset({"cube", "cylinder", "sphere", "monkey", "cone", "icosa
 
 def known_materials() -> frozenset[str]:
     """Every material name of the published CLEVRTex data, v1 and v2, main and out of distribution."""
-    text = resources.files("shards").joinpath("known_materials.json").read_text()
+    text = resources.files("shards.writing").joinpath("known_materials.json").read_text()
     return frozenset(name for names in json.loads(text).values() for name in names)
 
 

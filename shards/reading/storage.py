@@ -1,6 +1,6 @@
 """A folder of shards, wherever it is: a local path, s3://bucket/prefix or http(s)://host/path, with one interface.
 
-A local folder is read here; what speaks to a server is `shards/remote.py`, imported only where one is asked for.
+A local folder is read here; what speaks to a server is `remote.py` beside it, imported only where one is asked for.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def open_storage(location: str | Path, retries: Retries | None = None) -> Storag
         return LocalStorage(str(location), retries)
     if scheme not in ("s3", "http", "https") or not rest.strip("/"):
         raise UserError(f"{location}: not a place for shards; give a folder, s3://bucket/prefix or http(s)://host/path")
-    from shards.remote import RemoteStorage  # here, since a local path must not pay for what this imports
+    from shards.reading.remote import RemoteStorage  # here, since a local path must not pay for what this imports
 
     return RemoteStorage(str(location).rstrip("/"), retries)
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 from nsi.errors import UsageError
 from shards.manifest import Manifest, shard_name
 from shards.sources.scene import Scene
-from shards.splits import SplitRule, followed_rule, split_scenes
-from shards.survey import Survey
-from shards.transform import Transform
+from shards.writing.splits import SplitRule, followed_rule, split_scenes
+from shards.writing.survey import Survey
+from shards.writing.transform import Transform
 
 MEGABYTE = 1_000_000
 

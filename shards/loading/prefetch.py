@@ -8,8 +8,8 @@ import threading
 from collections.abc import Callable, Iterator
 
 from nsi.errors import UserError
-from shards.dataset import Split
 from shards.order import Order
+from shards.reading.dataset import Split
 
 
 @contextlib.contextmanager

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import xxhash
 
 from nsi.errors import UserError
-from shards.cache import ShardCache
 from shards.index import MemberPlace
-from shards.reader import Span, SpanReader
-from shards.storage import Storage
+from shards.reading.cache import ShardCache
+from shards.reading.reader import Span, SpanReader
+from shards.reading.storage import Storage
 
 DECODING_ERRORS = (OSError, ValueError, KeyError, TypeError, SyntaxError)  # what Pillow and JSON parsers raise
 _digest = xxhash.xxh3_64_intdigest

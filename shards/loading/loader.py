@@ -10,10 +10,10 @@ import numpy as np
 
 from nsi.batch import Batch
 from nsi.errors import UserError
-from shards.dataset import Split
+from shards.loading.rows import BatchShape, SceneShape
+from shards.loading.workers import DataWorkers
 from shards.order import Order, rank_rows, rows_per_rank
-from shards.rows import BatchShape, SceneShape
-from shards.workers import DataWorkers
+from shards.reading.dataset import Split
 
 _STEPS_AT_ONCE = 16  # worked out together, which costs little more than one
 

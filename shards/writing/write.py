@@ -22,13 +22,13 @@ from typing import Any
 
 from nsi.errors import UserError
 from nsi.schema import Vocabulary
-from shards.cut import Plan, Settings, ShardPlan, cut, scenes_digest
 from shards.index import index_path
 from shards.manifest import MANIFEST, Manifest, Shard, ShardTable, read_manifest, write_manifest
-from shards.pack import TEMPORARY, Job, Packed, pack_shard, remove_leftovers, temporary_mark
 from shards.processes import as_they_end
-from shards.survey import Survey
-from shards.target import PLAN, UNFINISHED, check_target
+from shards.writing.cut import Plan, Settings, ShardPlan, cut, scenes_digest
+from shards.writing.pack import TEMPORARY, Job, Packed, pack_shard, remove_leftovers, temporary_mark
+from shards.writing.survey import Survey
+from shards.writing.target import PLAN, UNFINISHED, check_target
 
 _SYNCERS = 2  # shards that are written to the disk while the next ones are packed
 Report = Callable[[int], None]
