@@ -7,7 +7,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,8 +65,13 @@ def compare(
     name: str, unit: str, against: str, ours: Callable[[], float], other: Callable[[], float], rounds: int = ROUNDS
 ) -> Comparison:
     """Measures both sides in turn. Each gives a rate, where more is better, or seconds, where less is."""
-    pairs = [(ours(), other()) for _ in range(rounds)]
-    mine, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
+    mine, theirs = zip(*((ours(), other()) for _ in range(rounds)), strict=True)
+    return compared(name, unit, against, mine, theirs)
+
+
+def compared(name: str, unit: str, against: str, ours: Sequence[float], other: Sequence[float]) -> Comparison:
+    """The comparison of what has been measured."""
+    mine, theirs = statistics.median(ours), statistics.median(other)
     return Comparison(name, mine, theirs, unit, theirs / mine if unit == "s" else mine / theirs, against)
 
 

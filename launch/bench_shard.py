@@ -11,48 +11,61 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from launch.bench import Comparison, compare, note, stopwatch
+from launch.bench import Comparison, compared, note, stopwatch
 from launch.bench_scenes import copied
+from nsi.errors import UserError
 from shards.sources.folder import list_folder
 from shards.sources.listing import is_scene_json
 
 COPIES = 10
+ROUNDS = 3
 
 
 def comparisons(data: Path | None, scenes: int) -> Iterator[Comparison]:
-    """Both copies end in a fresh folder beside each other, which is removed and synced away outside the clock."""
+    """All commands in turn, each into a folder of its own; these go away at the end.
+
+    Removed earlier, they would leave their blocks to the next command, and some disks take many times as long to write
+    to a block that was freed a moment ago. Raises UserError where the disk is too small for all of them.
+    """
     with contextlib.ExitStack() as closing:
         source = data or closing.enter_context(copied(scenes, COPIES))
-        listed = list_folder(source)  # which warms the cache of names; the first round warms the rest
+        listed = list_folder(source)
+        places = [place for folder in listed for place in folder.members.values()]
         count = sum(is_scene_json(name) for folder in listed for name in folder.members)
-        target = Path(closing.enter_context(tempfile.TemporaryDirectory(dir=source.parent))) / "out"
+        target = Path(closing.enter_context(tempfile.TemporaryDirectory(dir=source.parent)))
+        _check_room(target, (3 * ROUNDS + 2) * sum(place.size for place in places))
+        for place in places:
+            Path(place.path).read_bytes()  # the page cache is warm for everybody
+        note(f"{count} scenes, {ROUNDS} rounds")
         workers = str(os.cpu_count() or 1)
-        shard = [sys.executable, "-m", "launch", "shard", str(source), str(target), "--workers", workers]
-        copy = ["cp", "-r", str(source), str(target)]
-        note(f"{count} scenes")
-        for command in (copy, shard):
-            _rate(command, target, count)
-        for name, against, other in (
-            ("shard/copy-vs-cp", "cp -r, which leaves the syncing to later", _rate),
-            ("shard/copy-vs-cp-synced", "cp -r and sync, which leave the files on the disk as we do", _rate_synced),
-        ):
-            yield compare(
-                name,
-                "scenes/s",
-                against,
-                ours=lambda: _rate(shard, target, count),
-                other=lambda other=other: other(copy, target, count),
-            )
+        shard = [sys.executable, "-m", "launch", "shard", str(source), "OUT", "--workers", workers]
+        copy = ["cp", "-r", str(source), "OUT"]
+        ours, plain, synced = [], [], []
+        for number in range(ROUNDS):
+            plain.append(count / _seconds(copy, target / f"plain-{number}"))
+            ours.append(count / _seconds(shard, target / f"ours-{number}"))
+            synced.append(count / _seconds(copy, target / f"synced-{number}", then=os.sync))
+        yield compared("shard/copy-vs-cp", "scenes/s", "cp -r, which leaves the syncing to later", ours, plain)
+        yield compared("shard/copy-vs-cp-synced", "scenes/s", "cp -r and sync, as we sync", ours, synced)
 
 
-def _rate(command: Sequence[str], target: Path, count: int, then: Callable[[], None] = lambda: None) -> float:
-    shutil.rmtree(target, ignore_errors=True)
+def _seconds(command: Sequence[str], target: Path, then: Callable[[], None] = lambda: None) -> float:
     os.sync()
     with stopwatch() as seconds:
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [str(target) if word == "OUT" else word for word in command],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         then()
-        return count / seconds()
+        return seconds()
 
 
-def _rate_synced(command: Sequence[str], target: Path, count: int) -> float:
-    return _rate(command, target, count, os.sync)
+def _check_room(target: Path, needed: int) -> None:
+    free = shutil.disk_usage(target).free
+    if free < needed:
+        raise UserError(
+            f"{target.parent}: has {free / 1e9:.0f} GB free, and the rounds need {needed / 1e9:.0f} GB for a while; "
+            "give fewer --scenes, or a smaller --data"
+        )

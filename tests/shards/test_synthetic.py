@@ -145,7 +145,7 @@ def test_keys_and_types_are_those_of_a_real_scene(written: Path) -> None:
 
 
 def test_the_material_names_are_the_sixty_of_the_main_set() -> None:
-    known = json.loads(resources.files("shards").joinpath("known_materials.json").read_text())
+    known = json.loads(resources.files("shards.writing").joinpath("known_materials.json").read_text())
     assert sorted(known["v2_main"]) == list(MATERIALS)
     assert len(MATERIALS) == 60
 
