@@ -176,6 +176,11 @@ class CheckpointWriter:
                 "make room or mend the folder and start again, the run continues from the one before"
             )
 
+    def close(self) -> None:
+        """Waits as `wait` does and raises nothing: for a run that ends for another reason already."""
+        if self._thread is not None:
+            self._thread.join()
+
     def _write(self, checkpoint: Checkpoint, keep_also: frozenset[int]) -> None:
         try:
             write_checkpoint(self._folder, checkpoint)

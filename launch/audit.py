@@ -152,8 +152,9 @@ def _summary(run: Path, order: Order, ledger: Ledger, standing: Standing, attemp
     rows = steps * order.batch_size
     epochs, begun = divmod(rows, order.samples)
     worlds = ", ".join(str(attempt.world_size) for attempt in attempts)
+    but = f", but for {len(standing.skipped)} that were skipped" if standing.skipped else ""
     lines = [
-        f"{run}: proven: every sample was read exactly once an epoch",
+        f"{run}: proven: every sample was read exactly once an epoch{but}",
         f"  steps     {steps} of {order.batch_size} samples, none missing, none twice",
         f"  epochs    {epochs} whole ones of {order.samples} samples, and {begun} samples of the next",
         f"  samples   {rows - len(standing.skipped)} read, {len(standing.skipped)} skipped",

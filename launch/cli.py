@@ -16,7 +16,7 @@ from nsi.errors import UsageError, UserError
 
 VERBS = {
     "synth": ("launch.synth", "SynthConfig", "render textured scenes in the CLEVRTex layout"),
-    "shard": ("launch.shard", "ShardConfig", "turn a folder of scenes into WebDataset shards"),
+    "shard": ("launch.shard", "ShardConfig", "turn CLEVRTex, in any form, into WebDataset shards"),
     "verify": ("launch.verify", "VerifyConfig", "check every byte of a folder of shards"),
     "plan": ("launch.plan", "PlanConfig", "what a run over these shards will need, before paying for it"),
     "train": ("launch.train", "", "train on shards, alone or under any launcher"),

@@ -31,7 +31,7 @@ def describe(event: Event) -> str:
             f"reconstruction {facts['reconstruction']:.4f})  {facts['images_per_second']:.0f} images/s"
         )
     if event.kind == "bad_samples":
-        return f"passed over {facts['count']} damaged scenes, the last: {facts['faults'][-1]}"
+        return f"damaged scenes passed over: {facts['count']}, the last: {facts['faults'][-1]}"
     times = facts["R@5"] / facts["chance_R@5"]
     return (
         f"validation: R@5 {facts['R@5']:.3f} of {facts['gallery']} ({times:.1f} times chance)  loss {facts['loss']:.4f}"

@@ -17,14 +17,16 @@ from nsi.errors import UsageError, UserError
 from shards.hdf5 import write_hdf5
 from shards.manifest import MANIFEST, Manifest, read_manifest
 from shards.processes import process_pool
+from shards.reading.dataset import open_splits
+from shards.sources.fetch import label
 from shards.sources.find import check_parts_can_share, list_sources
 from shards.sources.legacy import is_legacy, list_legacy
 from shards.sources.listing import is_scene_json
-from shards.sources.stream import is_stream
+from shards.sources.stream import first_scene, is_stream
 from shards.writing.cut import Settings, may_be_cut_so
 from shards.writing.splits import SplitRule
 from shards.writing.survey import Survey, survey_folders, survey_scenes
-from shards.writing.target import UNFINISHED, check_target, leaving_nothing
+from shards.writing.target import UNFINISHED, check_target, finished, leaving_nothing
 from shards.writing.transform import Encoding, Transform, parse_size
 from shards.writing.write import Part, merge_shards, write_shards
 
@@ -105,11 +107,7 @@ def _shard(config: ShardConfig, part: Part | None) -> None:
     )
     check_target(config.out)
     if any(map(is_stream, config.sources)) and (config.out / MANIFEST).exists():
-        manifest = read_manifest(config.out)
-        if not may_be_cut_so(manifest, settings):
-            raise UserError(f"{config.out}: holds the shards of other scenes or settings; choose another folder")
-        _tell(config.out, manifest)
-        print(f"{config.out}: is complete already; {', '.join(config.sources)} was not read again")
+        _check_made_from(config, settings)
         return
     # Where parts work side by side, a plan is not one run's to remove.
     tidy = nullcontext() if part else leaving_nothing(config.out)
@@ -122,6 +120,25 @@ def _shard(config: ShardConfig, part: Part | None) -> None:
         print(f"{config.out}: part {part.number}/{part.count} is there; when all are: nsi shard {config.out} --merge")
     if manifest:
         _tell(config.out, manifest)
+
+
+def _check_made_from(config: ShardConfig, settings: Settings) -> None:
+    """Says that OUT is complete. Archives that can only be read front to back are asked for their first scene alone.
+
+    Raises UserError where that is not in OUT.
+    """
+    manifest = finished(config.out)
+    assert manifest is not None
+    splits = open_splits(config.out, list(manifest.splits))
+    for split in splits:
+        split.check_complete()
+    for source in filter(is_stream, config.sources):
+        key, raw = first_scene(source)
+        found = [split.read(sample, "json") for split in splits if (sample := split.find(key)) is not None]
+        if not may_be_cut_so(manifest, settings) or not found or raw.strip() not in found[0]:
+            raise UserError(f"{config.out}: holds the shards of other scenes or settings; choose another folder")
+    _tell(config.out, manifest)
+    print(f"{config.out}: is complete already; of {', '.join(map(label, config.sources))} the first scene was compared")
 
 
 def _survey(config: ShardConfig, pool: Executor) -> Survey:
@@ -148,6 +165,12 @@ def _check(config: ShardConfig) -> Part | None:
         raise UsageError("--workers must be at least 1")
     if sum((bool(config.part), config.merge, config.to_hdf5)) > 1:
         raise UsageError("--part, --merge and --to_hdf5 are three different things to do; give one of them")
+    if config.paths and "://" in config.paths[-1]:
+        raise UsageError(f"{config.paths[-1]}: shards are written to a folder; copy it there when it is complete")
+    if config.merge and config.sources:
+        raise UsageError("--merge wants OUT alone: nsi shard OUT --merge")
+    if (config.to_hdf5 and "://" in config.paths[0]) or any(source.startswith("s3://") for source in config.sources):
+        raise UsageError(f"{config.paths[0]}: not read from there by this verb; copy it to a folder first")
     if config.to_hdf5 and len(config.sources) != 1:
         raise UsageError("--to_hdf5 wants one folder of shards and one to write to: nsi shard --to_hdf5 SHARDS OUT")
     if not config.paths or (not config.sources and not config.merge):

@@ -150,7 +150,12 @@ class Trainer:
         )
         meter = Meter()
         stopped = False
-        with contextlib.closing(read), prefetching(self._parts.train, order, now.step, self._world.rank) as prefetch:
+        # A checkpoint that is on its way to the disk must get there, whatever ends the loop.
+        with (
+            contextlib.closing(self._saver),
+            contextlib.closing(read),
+            prefetching(self._parts.train, order, now.step, self._world.rank, self._world.size) as prefetch,
+        ):
             batches = on_device(read if config.data.on_bad_sample == "skip" else map(refuse_faults, read), self._device)
             while now.step < total and not stopped:
                 prefetch(now.step)

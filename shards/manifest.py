@@ -19,6 +19,7 @@ import numpy as np
 
 from nsi.errors import UserError
 from nsi.schema import Vocabulary
+from shards.temporary import temporary_mark
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -117,7 +118,7 @@ def shard_name(split: str, number: int) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes the sealed manifest to a temporary name, syncs it and renames it."""
-    temporary = folder / (MANIFEST + ".tmp")
+    temporary = folder / f"{MANIFEST}.{temporary_mark()}"
     with temporary.open("wb") as file:
         file.write(manifest_bytes(manifest))
         file.flush()

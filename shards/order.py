@@ -59,14 +59,26 @@ class Order:
             ids_P[here] = self._layout(int(epoch)).ids(places_P[here])
         return ids_P
 
-    def blocks(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shards (places in the manifest, int64) of the block that a step's batch begins in, and of the next one."""
-        epoch, place = divmod(step * self.batch_size, self.samples)
+    def shards_ahead(self, step: int, rows: slice) -> list[int]:
+        """The shards (places in the manifest) that some rows of a step's batch are mixed from; where that is one block,
+        then those of the block that the same rows come to next. So two blocks have room for what is ahead."""
+        first, stop = step * self.batch_size + rows.start, step * self.batch_size + rows.stop
+        shards, position = self._block(first)
+        if position < stop:
+            while position < stop:
+                block, position = self._block(position)
+                shards += block
+        else:
+            steps_on = -(-(position - first) // self.batch_size)
+            shards += self._block(first + steps_on * self.batch_size)[0]
+        return list(dict.fromkeys(shards))
+
+    def _block(self, position: int) -> tuple[list[int], int]:
+        """The shards of the block at a position, and the position where it ends."""
+        epoch, place = divmod(position, self.samples)
         layout = self._layout(epoch)
         block = layout.block_of(place)
-        if block + 1 < layout.blocks:
-            return layout.shards_of(block), layout.shards_of(block + 1)
-        return layout.shards_of(block), self._layout(epoch + 1).shards_of(0)
+        return layout.shards_of(block).tolist(), epoch * self.samples + int(layout.block_begins[block + 1])
 
     @functools.cached_property
     def _counts_S(self) -> np.ndarray:
@@ -101,11 +113,6 @@ class EpochLayout:
     block_shards: int
     seed: int
     epoch: int
-
-    @property
-    def blocks(self) -> int:
-        """How many blocks the epoch has."""
-        return len(self.block_begins) - 1
 
     def block_of(self, place: int) -> int:
         """The block in which a place of the epoch lies."""

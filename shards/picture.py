@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 from typing import NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MASK_MODES = ("P", "L")
 PIXEL_LIMIT = 4096 * 4096  # a scene is 320x240; what claims more than this would fill the memory of a worker
@@ -47,7 +48,11 @@ def _png_header(data: bytes) -> Header | None:
 
 def _any_header(data: bytes) -> Header:
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            return Header(picture.size, picture.mode)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+            with Image.open(io.BytesIO(data)) as picture:
+                return Header(picture.size, picture.mode)
+    except UnidentifiedImageError:
+        raise ValueError("not a readable picture") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"not a readable picture ({error})") from None

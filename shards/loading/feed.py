@@ -12,23 +12,32 @@ from nsi.batch import Batch
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches on a device; a GPU copies from pinned memory on a stream of its own, beside what it computes."""
+    """The batches on a device. A GPU copies the next one, from pinned memory, while it computes with this one."""
     if device.type != "cuda":
         for batch in batches:
             yield batch.to(device)
         return
-    copying = torch.cuda.Stream(device)
+    copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    # The workers use a batch's memory again when its last tensor is gone, which must not be before its copy's end.
     leaving: deque[tuple[Any, Batch]] = deque()
+    ready: deque[tuple[Any, Batch]] = deque()
     for batch in batches:
         with torch.cuda.stream(copying):
             moved = batch.to(device)
         copied = copying.record_event()
-        computing = torch.cuda.current_stream(device)
-        computing.wait_event(copied)
-        for tensor in moved.tensors().values():
-            tensor.record_stream(computing)
-        # The workers use a batch's memory again when its last tensor is gone, which must not be before the copy's end.
         leaving.append((copied, batch))
+        ready.append((copied, moved))
+        if len(ready) > 1:
+            yield _received(*ready.popleft(), computing)
         while leaving and leaving[0][0].query():
             leaving.popleft()
-        yield moved
+    while ready:
+        yield _received(*ready.popleft(), computing)
+
+
+def _received(copied: Any, moved: Batch, computing: Any) -> Batch:
+    """A batch that the computing stream may use: it waits for the copy, and memory is not reused under it."""
+    computing.wait_event(copied)
+    for tensor in moved.tensors().values():
+        tensor.record_stream(computing)
+    return moved

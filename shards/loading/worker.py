@@ -17,7 +17,7 @@ import numpy as np
 from nsi.errors import UserError
 from shards.loading.rows import BatchShape, Read, Rows, fill_row, memory_size, rows_of
 from shards.reading.reader import SpanReader
-from shards.reading.sample import Sample, Source
+from shards.reading.sample import Damaged, Sample, Source
 
 
 class Open(NamedTuple):
@@ -28,7 +28,7 @@ class Open(NamedTuple):
 
 
 class Share(NamedTuple):
-    """Told first of each batch's memory; its file descriptor comes right after."""
+    """Told first of each batch's memory; its file descriptor comes apart from it."""
 
     memory: int
     shape: BatchShape
@@ -52,8 +52,8 @@ class Filled(NamedTuple):
     failure: str  # why nothing could be read at all; "" where something could
 
 
-def work(connection: Connection) -> None:
-    """Serves until the connection is closed."""
+def work(connection: Connection, handles: Connection) -> None:
+    """Serves until the connection is closed. File descriptors come through `handles`."""
     sources: dict[int, tuple[Source, SpanReader]] = {}
     memories: dict[int, Rows] = {}
     while True:
@@ -61,7 +61,7 @@ def work(connection: Connection) -> None:
         if isinstance(task, Open):
             sources[task.number] = task.source, task.source.reader()
         elif isinstance(task, Share):
-            memories[task.memory] = _map(recv_handle(connection), task.shape)
+            memories[task.memory] = _map(recv_handle(handles), task.shape)
         else:
             connection.send(_fill(task, memories[task.memory], *sources[task.source]))
 
@@ -72,7 +72,7 @@ def _fill(task: Fill, rows: Rows, source: Source, reader: SpanReader) -> Filled:
         spans = reader.read([sample.span for _, sample in task.samples])
         for (row, sample), data in zip(task.samples, spans, strict=True):
             try:
-                read.append((row, fill_row(rows, row, sample, data, source)))
+                read.append((row, _fill_row(rows, row, sample, data, source, reader)))
             except UserError as error:
                 faults.append((row, sample.sample, sample.span.shard, sample.key, str(error)))
     except UserError as error:
@@ -82,15 +82,26 @@ def _fill(task: Fill, rows: Rows, source: Source, reader: SpanReader) -> Filled:
     return Filled(task.ticket, read, faults, "")
 
 
+def _fill_row(
+    rows: Rows, row: int, sample: Sample, data: memoryview | bytes, source: Source, reader: SpanReader
+) -> Read:
+    try:
+        return fill_row(rows, row, sample, data, source)
+    except Damaged:
+        if source.cache is None:
+            raise
+        return fill_row(rows, row, sample, reader.read_anew(sample.span), source)
+
+
 def _map(file: int, shape: BatchShape) -> Rows:
     memory = mmap.mmap(file, memory_size(shape))
     os.close(file)
     return rows_of(np.frombuffer(memory, np.uint8), shape)
 
 
-def main(file: int) -> None:
-    """What the process runs: `file` is its end of the connection."""
+def main(connection: int, handles: int) -> None:
+    """What the process runs: its ends of the two connections, as file descriptors."""
     try:
-        work(Connection(file))
+        work(Connection(connection), Connection(handles))
     except (EOFError, ConnectionError):
         os._exit(0)  # training has ended: there is nothing to tidy up

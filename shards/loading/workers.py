@@ -59,8 +59,12 @@ class _Order:
 class DataWorkers:
     """Running workers. Batches are asked for with `submit` and had with `wait`, in any order; for one thread."""
 
-    def __init__(self, processes: list[subprocess.Popen], connections: list[Connection], pin: bool) -> None:
-        self._processes, self._connections, self._pin = processes, connections, pin
+    def __init__(
+        self, processes: list[subprocess.Popen], connections: list[Connection], handles: list[Connection], pin: bool
+    ) -> None:
+        self._processes, self._connections, self._handles = processes, connections, handles
+        self._pin = pin
+        self._pinned: list[int] = []  # addresses
         self._sources: dict[int, Split] = {}
         self._free: list[_Memory] = []
         self._memories = self._tickets = self._turn = 0
@@ -116,6 +120,8 @@ class DataWorkers:
         for process in self._processes:
             process.kill()  # nothing of theirs is worth waiting for
             process.wait()
+        for address in self._pinned:  # or the next one at that address could not be pinned
+            _cuda().cudaHostUnregister(address)
 
     def _batch(self, order: _Order) -> Batch:
         memory, shape = order.memory, order.memory.shape
@@ -158,12 +164,12 @@ class DataWorkers:
         self._memories += 1
         for worker, process in enumerate(self._processes):
             self._send(worker, Share(memory.number, shape))
-            send_handle(self._connections[worker], file, process.pid)
+            send_handle(self._handles[worker], file, process.pid)
         os.close(file)
         if self._pin:
             address = np.frombuffer(memory.map, np.uint8).ctypes.data
-            cuda: Any = torch.cuda.cudart()
-            torch.cuda.check_error(int(cuda.cudaHostRegister(address, memory_size(shape), 0)))
+            torch.cuda.check_error(int(_cuda().cudaHostRegister(address, memory_size(shape), 0)))
+            self._pinned.append(address)
         return memory
 
     def _send(self, worker: int, task: Open | Share | Fill) -> None:
@@ -197,6 +203,12 @@ class DataWorkers:
     def _lost(self, worker: int) -> UserError:
         status = self._processes[worker].wait()
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
+        if status == -signal.SIGBUS:  # how a mapped file tells that its disk failed or that it was cut meanwhile
+            folders = ", ".join(sorted({split.folder for split in self._sources.values()}))
+            return UserError(
+                f"a data worker (process {self._processes[worker].pid}) ended {how}: a shard was cut or its disk "
+                f"failed while it was read; run `nsi verify` on {folders}"
+            )
         return UserError(
             f"a data worker (process {self._processes[worker].pid}) ended {how}, perhaps for want of memory; "
             "start again, with fewer --num_workers if it happens again"
@@ -206,28 +218,31 @@ class DataWorkers:
 @contextlib.contextmanager
 def open_workers(count: int, pin: bool = False) -> Iterator[DataWorkers]:
     """Starts `count` workers, and ends them afterwards. `pin`: a GPU copies straight from the batches' memory."""
-    processes, connections = [], []
+    processes, connections, handles = [], [], []
     with contextlib.ExitStack() as starting:
         for _ in range(count):
-            ours, theirs = multiprocessing.Pipe()
+            # File descriptors go their own way: some systems acknowledge each, which must not meet an answer.
+            (ours, theirs), (our_handles, their_handles) = multiprocessing.Pipe(), multiprocessing.Pipe()
             connections.append(starting.enter_context(ours))
-            processes.append(_start(theirs))
-            theirs.close()
-        workers = DataWorkers(processes, connections, pin)
+            handles.append(starting.enter_context(our_handles))
+            with theirs, their_handles:
+                processes.append(_start(theirs.fileno(), their_handles.fileno()))
+        workers = DataWorkers(processes, connections, handles, pin)
         starting.callback(workers.close)
         yield workers
 
 
-def _start(connection: Connection) -> subprocess.Popen:
-    file = connection.fileno()
-    code = (
-        f"import sys; sys.path[:] = {sys.path!r}; from shards.loading.worker import main; main({connection.fileno()})"
-    )
+def _start(*files: int) -> subprocess.Popen:
+    code = f"import sys; sys.path[:] = {sys.path!r}; from shards.loading.worker import main; main{files}"
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
     try:  # a child inherits the mask
-        return subprocess.Popen([sys.executable, "-c", code], pass_fds=[file], stdin=subprocess.DEVNULL)
+        return subprocess.Popen([sys.executable, "-c", code], pass_fds=files, stdin=subprocess.DEVNULL)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _cuda() -> Any:
+    return torch.cuda.cudart()
 
 
 def _anonymous_file(size: int) -> int:

@@ -106,6 +106,13 @@ class Split:
         """The records of each shard's index, in order."""
         return (self._records(shard) for shard in self.table)
 
+    def find(self, key: str) -> int | None:
+        """The id of the sample with a key, None where there is none. Reads every index."""
+        for shard, records in enumerate(self.indexes()):
+            if len(places := np.flatnonzero(records["key"] == key.encode())):
+                return int(self._begins_S1[shard] + places[0])
+        return None
+
     def check_complete(self) -> None:
         """Compares the storage's listing with the manifest, where it can list: nothing is read, so it costs little.
 

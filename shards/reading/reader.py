@@ -54,6 +54,12 @@ class SpanReader:
                 mark_used(self._maps[shard].path)
         return slices
 
+    def read_anew(self, span: Span) -> memoryview | bytes:
+        """A span once more, from a fresh copy of its shard where the cache has a damaged one."""
+        if (mapped := self._maps.pop(span.shard, None)) and self._cache:
+            mapped.path.unlink(missing_ok=True)
+        return self.read([span])[0]
+
     def _slices(self, spans: Sequence[Span]) -> list[memoryview | bytes]:
         maps, slices = self._maps, []
         for span in spans:

@@ -13,8 +13,12 @@ from shards.reading.cache import ShardCache
 from shards.reading.reader import Span, SpanReader
 from shards.reading.storage import Storage
 
-DECODING_ERRORS = (OSError, ValueError, KeyError, TypeError, SyntaxError)  # what Pillow and JSON parsers raise
+DECODING_ERRORS = Exception  # what Pillow raises of damaged pictures depends on its plugins, and is no short list
 _digest = xxhash.xxh3_64_intdigest
+
+
+class Damaged(UserError):
+    """A member's bytes are not those that were written."""
 
 
 class Sample(NamedTuple):
@@ -58,7 +62,7 @@ def member_bytes(sample: Sample, data: memoryview | bytes, member: str, source: 
     if size == 0:
         raise UserError(f"{source.where(sample)}: {sample.key} has no {member}: its source had none")
     if _digest(part) != xxh3:
-        raise UserError(
+        raise Damaged(
             f"{source.where(sample)}: {member} of {sample.key} at offset {offset} does not have its checksum; "
             f"{source.remedy()}"
         )

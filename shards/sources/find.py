@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nsi.errors import UsageError
-from shards.sources.archive import is_archive, list_archive
+from shards.sources.archive import is_archive, list_archives
+from shards.sources.fetch import label
 from shards.sources.folder import list_folder
 from shards.sources.listing import Folder
 from shards.sources.stream import Progress, is_stream, list_stream
@@ -19,10 +20,12 @@ def list_sources(sources: Sequence[str], spool: Path, report: Progress) -> list[
     Raises UserError for a source that is missing, damaged or holds no scene.
     """
     folders: list[Folder] = []
-    for source in sources:
-        if not is_stream(source):
-            path = Path(source)
-            folders += list_archive(path) if is_archive(path) else list_folder(path)
+    paths = [Path(source) for source in sources if not is_stream(source)]
+    for path in paths:
+        if not is_archive(path):
+            folders += list_folder(path)
+    if archives := list(filter(is_archive, paths)):
+        folders += list_archives(archives)
     if streams := [source for source in sources if is_stream(source)]:
         folders += list_stream(streams, spool, report)
     return folders
@@ -33,6 +36,6 @@ def check_parts_can_share(sources: Sequence[str]) -> None:
     for source in sources:
         if is_stream(source):
             raise UsageError(
-                f"--part: {source} can only be read front to back, so every part would read all of it; "
+                f"--part: {label(source)} can only be read front to back, so every part would read all of it; "
                 "run without --part, or unpack it first"
             )

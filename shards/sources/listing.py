@@ -8,6 +8,7 @@ Names come from the JSON where it has them (v2) and from the JSON's own file nam
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from shards.sources.scene import JSON_LIMIT, PICTURE_LIMIT, Place, Scene, descri
 
 V2_FRAME = "0003.png"  # the frame number that the renderer appended to every v2 file
 _PREFIX = "CLEVRTEX"
+_PICTURE = re.compile(rf"({_PREFIX}[A-Za-z0-9]*_[A-Za-z]+_\d{{6,}})(?:_flat)?(?:_{V2_FRAME[:-4]})?\.png")
 _PASSES = ("_depth_", "_albedo_", "_normal_", "_shadow_")  # rendered beside the image; nobody reads them
 
 
@@ -53,9 +55,15 @@ def read_scenes(folders: Sequence[Folder]) -> tuple[list[Scene], Names]:
     """
     scenes, names = [], Names({}, {}, {})
     for folder in folders:
+        _check_no_orphans(folder)
         for name in sorted(filter(is_scene_json, folder.members)):
             scenes.append(_read_scene(name, folder.members, names))
     return scenes, names
+
+
+def is_scene_picture(name: str) -> bool:
+    """Whether a file's name is that of a scene's image or mask, in either layout."""
+    return _PICTURE.fullmatch(name) is not None
 
 
 def merge_names(parts: Iterable[Names]) -> Names:
@@ -66,6 +74,15 @@ def merge_names(parts: Iterable[Names]) -> Names:
             for name, where in names.items():
                 all_names.setdefault(name, where)
     return merged
+
+
+def _check_no_orphans(folder: Folder) -> None:
+    """Raises UserError for a picture whose JSON is missing: a scene must not get lost in silence."""
+    for name, place in folder.members.items():
+        if (match := _PICTURE.fullmatch(name)) and f"{match[1]}.json" not in folder.members:
+            raise UserError(
+                f"{describe(place, name)}: its {match[1]}.json is missing; fetch the scene again or remove it"
+            )
 
 
 def _read_scene(name: str, members: Mapping[str, Place], names: Names) -> Scene:

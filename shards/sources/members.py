@@ -6,7 +6,7 @@ import posixpath
 import re
 from typing import NamedTuple
 
-from shards.sources.listing import Folder, is_scene_json, is_wanted
+from shards.sources.listing import Folder, is_scene_json, is_scene_picture, is_wanted
 from shards.sources.scene import JSON_LIMIT, PICTURE_LIMIT, Place
 from shards.tar import BLOCK, Damage, Member
 
@@ -40,10 +40,10 @@ class Members:
         self.scenes += is_scene_json(base)
 
     def folders(self) -> list[Folder]:
-        """Those that hold a scene's JSON, in the order of their paths, named by the first archive that has them."""
+        """Those that hold files of scenes, in the order of their paths, named by the first archive that has them."""
         folders = []
         for folder, members in sorted(self._folders.items()):
-            if any(map(is_scene_json, members)):
+            if any(is_scene_json(base) or is_scene_picture(base) for base in members):
                 archive = next(iter(members.values())).archive
                 places = {base: found.place for base, found in members.items()}
                 folders.append(Folder(f"{archive}/{folder}" if folder else archive, places))

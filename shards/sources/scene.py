@@ -6,7 +6,6 @@ that what writes shards need not know where scenes come from.
 
 from __future__ import annotations
 
-import math
 import operator
 import os
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import orjson
 from nsi.errors import UserError
 
 OBJECT_KEYS = ("shape", "size", "material", "3d_coords", "index")
+_FARTHEST = 1e6  # metres from the origin; scenes are 6 wide, and training has float32
 _of_object = operator.itemgetter(*OBJECT_KEYS)
 JSON_LIMIT = 16 << 20  # bytes; CLEVRTex's are 10 KB
 PICTURE_LIMIT = 256 << 20  # bytes
@@ -109,6 +109,8 @@ def parse_facts(data: bytes, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: has no objects; fetch the scene again or remove it")
     for place, item in enumerate(facts["objects"]):
         _check_object(item, place, where)
+    if facts.get("num_objects", len(facts["objects"])) != len(facts["objects"]):
+        raise UserError(f"{where}: num_objects is {facts['num_objects']!r}, but {len(facts['objects'])} are listed")
     return facts
 
 
@@ -136,4 +138,4 @@ def _require(record: dict[str, Any], keys: tuple[str, ...], where: object) -> No
 
 
 def _finite(value: object) -> bool:
-    return (type(value) is float and math.isfinite(value)) or type(value) is int
+    return type(value) in (float, int) and abs(value) <= _FARTHEST  # type: ignore[arg-type]  # false for NaN

@@ -7,8 +7,9 @@ member on where the source can be entered there, else from the start, passing ov
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import xxhash
@@ -18,7 +19,7 @@ from shards import tar
 from shards.reading.storage import Retries
 from shards.sources.fetch import Changed, Identity, check_same, fetch, is_url, label, name_of
 from shards.sources.forward import Forward, unpack
-from shards.sources.listing import Folder
+from shards.sources.listing import Folder, is_scene_json
 from shards.sources.members import Members, wanted_name
 from shards.sources.scene import Place
 from shards.sources.spool import Entry, Spool, open_spool
@@ -57,6 +58,20 @@ def list_stream(sources: Sequence[str], spool: Path, report: Progress, retries: 
     return members.folders()
 
 
+def first_scene(source: str, retries: Retries = PATIENCE) -> tuple[str, bytes]:
+    """Key and JSON of an archive's first scene; no more of it is read. Raises UserError as `list_stream` does."""
+    try:
+        with closing(fetch(source, 0, retries, lambda found: None)) as raw:
+            stream = Forward(unpack(raw)[0], 0)
+            for member in tar.walk(stream, stream.skip):
+                name = posixpath.basename(wanted_name(member) or "")
+                if is_scene_json(name):
+                    return name.removesuffix(".json"), b"".join(_bytes_of(member, stream))
+    except tar.Damage as error:
+        raise UserError(f"{label(source)}: {error}; get the archive again from where it was published") from None
+    raise UserError(f"{label(source)}: no CLEVRTEX*.json inside; give archives of CLEVRTex")
+
+
 def _list_part(source: str, part: Spool, members: Members, report: Progress, retries: Retries) -> None:
     """Adds the members of one source: those in its spool, then those that are still to come."""
     check_same(part.head or {}, name_of(source))
@@ -68,9 +83,20 @@ def _list_part(source: str, part: Spool, members: Members, report: Progress, ret
     for entry in part.entries:
         header = entry.next - tar.padding(entry.size) - entry.size - tar.BLOCK
         add(entry.name, header, entry.offset, entry.size)
-    if not part.is_complete:
+    if part.is_complete:
+        _check_still_same(source, part)
+    else:
         _read_on(source, part, add, report, retries)
         part.finish()
+
+
+def _check_still_same(source: str, part: Spool) -> None:
+    """Raises Changed where a source is another than its complete spool was made from, as far as it can be asked."""
+    with (
+        suppress(UserError),
+        closing(fetch(source, 0, Retries(1), lambda found: check_same(part.head or {}, found))) as raw,
+    ):
+        next(raw, None)  # one that is gone, or out of reach, is not needed any more
 
 
 def _read_on(

@@ -8,10 +8,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -27,10 +25,9 @@ from shards.picture import MASK_MODES, read_header
 from shards.schema_json import encode_schema, label_places
 from shards.sources.legacy import read_rows
 from shards.sources.scene import HdfRow, Place, Scene, describe, read_place
+from shards.temporary import temporary_mark
 from shards.writing.cut import ShardPlan
 from shards.writing.transform import Transform, encode_picture
-
-TEMPORARY = ".tmp"
 
 
 @dataclass(frozen=True)
@@ -96,30 +93,6 @@ def pack_shard(job: Job) -> Packed:
     index = index_bytes(make_index(samples))
     shard = Shard(plan.name, len(samples), at + len(tar.END), digest.hexdigest(), hashlib.sha256(index).hexdigest())
     return Packed(temporary, index, shard, sizes.image, sizes.mask, max(scene.objects for scene in plan.scenes))
-
-
-def temporary_mark() -> str:
-    """The end of a temporary name, which tells whose it is."""
-    return f"{socket.gethostname()}.{os.getpid()}{TEMPORARY}"
-
-
-def remove_leftovers(out: Path) -> None:
-    """Removes what killed processes of this machine left under temporary names; other machines' may be at work."""
-    host = socket.gethostname()
-    for path in out.glob(f"*.{host}.*{TEMPORARY}"):
-        pid = path.name.removesuffix(TEMPORARY).rpartition(".")[2]
-        if pid.isdigit() and not _is_alive(int(pid)):
-            path.unlink(missing_ok=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _remove(path: str) -> None:

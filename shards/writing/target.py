@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nsi.errors import UserError
-from shards.manifest import MANIFEST
-from shards.writing.pack import remove_leftovers
+from shards.manifest import MANIFEST, Manifest, read_manifest
+from shards.temporary import remove_leftovers
 
 UNFINISHED = ".unfinished"  # what is done so far, while a run is on its way
 PLAN = "plan.json"
@@ -21,6 +22,15 @@ def check_target(out: Path) -> None:
     ours = (out / UNFINISHED).exists() or (out / MANIFEST).exists()
     if out.exists() and not ours and any(out.iterdir()):
         raise UserError(f"{out}: is not empty and holds no shards; choose another folder")
+
+
+def finished(out: Path) -> Manifest | None:
+    """The manifest of a folder that is complete. What a kill at the very end left of its making is removed."""
+    if not (out / MANIFEST).exists():
+        return None
+    manifest = read_manifest(out)
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+    return manifest
 
 
 @contextmanager

@@ -11,6 +11,7 @@ the same folder.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -23,12 +24,13 @@ from typing import Any
 from nsi.errors import UserError
 from nsi.schema import Vocabulary
 from shards.index import index_path
-from shards.manifest import MANIFEST, Manifest, Shard, ShardTable, read_manifest, write_manifest
+from shards.manifest import Manifest, Shard, ShardTable, read_manifest, write_manifest
 from shards.processes import as_they_end
+from shards.temporary import remove_leftovers, temporary_mark
 from shards.writing.cut import Plan, Settings, ShardPlan, cut, scenes_digest
-from shards.writing.pack import TEMPORARY, Job, Packed, pack_shard, remove_leftovers, temporary_mark
+from shards.writing.pack import Job, Packed, pack_shard
 from shards.writing.survey import Survey
-from shards.writing.target import PLAN, UNFINISHED, check_target
+from shards.writing.target import PLAN, UNFINISHED, check_target, finished
 
 _SYNCERS = 2  # shards that are written to the disk while the next ones are packed
 Report = Callable[[int], None]
@@ -67,10 +69,10 @@ def write_shards(
     written.
     """
     plan = cut(survey, settings)
-    if (out / MANIFEST).exists():
-        manifest = read_manifest(out)
+    if manifest := finished(out):
         if manifest.source != plan.digest:
             raise UserError(f"{out}: holds the shards of other scenes or settings; choose another folder")
+        _check_whole(out, manifest)
         report(sum(len(shard.scenes) for shard in plan.shards))
         return manifest
     try:
@@ -84,8 +86,8 @@ def write_shards(
 
 def merge_shards(out: Path) -> Manifest:
     """Writes the manifest over the shards of all parts. Raises UserError, naming them, where some are missing."""
-    if (out / MANIFEST).exists():
-        return read_manifest(out)
+    if manifest := finished(out):
+        return manifest
     notes = out / UNFINISHED
     try:
         plan = json.loads((notes / PLAN).read_text())
@@ -179,7 +181,8 @@ def _read_note(out: Path, notes: Path, name: str, scenes: str) -> Note | None:
             tuple(content["mask_size"]) if content["mask_size"] else None,
             content["objects"],
         )
-        whole = (out / name).stat().st_size == note.shard.bytes and index_path(out / name).exists()
+        index = hashlib.sha256(index_path(out / name).read_bytes()).hexdigest()
+        whole = (out / name).stat().st_size == note.shard.bytes and index == note.shard.index_sha256
     except (OSError, ValueError, KeyError, TypeError):  # not written yet, or torn by a crash of the machine
         return None
     return note if whole and note.scenes == scenes else None
@@ -238,19 +241,35 @@ def _check_all_there(out: Path, plan: dict[str, Any], done: list[Note | None]) -
     )
 
 
+def _check_whole(out: Path, manifest: Manifest) -> None:
+    """Raises UserError where a shard of a complete folder is missing or cut since. `nsi verify` looks into them."""
+    for shard in (shard for table in manifest.splits.values() for shard in table):
+        if not _has_size(out / shard.name, shard.bytes) or not index_path(out / shard.name).exists():
+            raise UserError(
+                f"{out / shard.name}: missing or cut, though {out} was complete; restore it, "
+                "or remove the folder and write it again"
+            )
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except OSError:
+        return False
+
+
 def _split_of(name: str) -> str:
     return name.rpartition("-")[0]
 
 
 def _remove_strangers(out: Path, notes: Path, names: set[str]) -> None:
-    """Removes shards that we wrote and that the plan has no more (a scene was taken out), and temporary files."""
+    """Removes shards that we wrote and that the plan has no more (a scene was taken out), and what the dead left."""
     for note in notes.glob("*.tar.json"):
         name = note.name.removesuffix(".json")
         if name not in names:
             (out / name).unlink(missing_ok=True)
             index_path(out / name).unlink(missing_ok=True)
-    for path in out.glob(f"*{TEMPORARY}"):
-        path.unlink(missing_ok=True)
+    remove_leftovers(out)
 
 
 def _write(path: Path, data: bytes, sync: bool) -> None:

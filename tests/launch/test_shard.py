@@ -228,3 +228,38 @@ def test_names_and_facts_of_v1(files: Files, plain: Path, tmp_path: Path) -> Non
         assert one["scene"] == {name: value for name, value in other.pop("scene").items() if name not in names}
         one.pop("scene")
         assert one == other
+
+
+def test_a_complete_folder_is_not_taken_for_another_archives(files: Files, tmp_path: Path) -> None:
+    """Its first scene is enough to tell."""
+    with in_form("tar.gz", files, tmp_path / "one") as sources:
+        done(shard(*sources, tmp_path / "out"))
+    others = files
+    for number in range(SCENES):
+        others = edited(others, number, lambda facts: facts["objects"][0].update(rotation=1.25))
+    before = contents(tmp_path / "out")
+    with in_form("tar.gz", others, tmp_path / "other") as sources:
+        assert "holds the shards of other scenes or settings" in refused(shard(*sources, tmp_path / "out"))
+    assert "nosuch.tar.gz: cannot be read" in refused(shard(tmp_path / "nosuch.tar.gz", tmp_path / "out"))
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_scene_split_over_two_tars(files: Files, plain: Path, tmp_path: Path) -> None:
+    for number, part in enumerate((files[::2], files[1::2])):
+        (tmp_path / f"part{number}.tar").write_bytes(archive_of(part))
+    done(shard(tmp_path / "part0.tar", tmp_path / "part1.tar", tmp_path / "out"))
+    assert contents(tmp_path / "out") == contents(plain)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["SOURCE", "s3://bucket/shards"], "shards are written to a folder"),
+        (["s3://bucket/scenes", "OUT"], "not read from there by this verb"),
+        (["SOURCE", "OUT", "--merge"], "--merge wants OUT alone"),
+        (["--to-hdf5", "http://host/shards", "OUT"], "not read from there by this verb"),
+    ],
+)
+def test_places_that_are_not_written_to_or_read_from(arguments: list[str], message: str) -> None:
+    assert message in refused(nsi("shard", *arguments), status=2)
+    assert not Path("s3:").exists()

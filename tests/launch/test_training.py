@@ -392,3 +392,21 @@ def test_damaged_scenes_are_skipped_and_accounted_for(shards: Path, tmp_path: Pa
     assert "9 skipped" in audited.stdout
     limited = train(copy, tmp_path / "other", "--on_bad_sample", "skip", "--max_steps", "12", "--bad_sample_limit", "2")
     assert "damaged scenes, more than --bad_sample_limit 2; the last: " in one_line(limited)
+
+
+@pytest.mark.slow
+def test_data_without_masks(shards: Path, tmp_path: Path) -> None:
+    """The public NSI code's files have none: training and retrieval need none, and the rest says so."""
+    for command in (["shard", "--to-hdf5", str(shards), str(tmp_path / "h5")],
+                    ["shard", str(tmp_path / "h5"), str(tmp_path / "shards")]):  # fmt: skip
+        found = call(sys.executable, "-m", "launch", *command)
+        assert found.returncode == 0, found.stderr
+    run = tmp_path / "run"
+    found = train(tmp_path / "shards", run)
+    assert found.returncode == 0, found.stderr
+    for verb in ("eval", "report", "audit"):
+        found = call(sys.executable, "-m", "launch", verb, str(run))
+        assert found.returncode == 0, found.stderr
+        assert verb != "eval" or "this data has no masks" in found.stdout
+    content = json.loads((run / "eval-test.json").read_text())
+    assert (content["retrieval"]["gallery"], content["discovery"], content["grounding"]) == (6, None, None)

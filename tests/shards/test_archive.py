@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nsi.errors import UserError
-from shards.sources.archive import is_archive, list_archive
+from shards.sources.archive import is_archive, list_archives
 from shards.sources.folder import list_folder
 from shards.sources.listing import Folder
 from shards.sources.scene import JSON_LIMIT, PICTURE_LIMIT
@@ -29,7 +29,7 @@ def files(scenes: Path) -> Files:
 def listed(tmp_path: Path, data: bytes) -> list[Folder]:
     path = tmp_path / "clevrtex.tar"
     path.write_bytes(data)
-    return list_archive(path)
+    return list_archives([path])
 
 
 def refused(tmp_path: Path, data: bytes) -> str:
@@ -47,7 +47,7 @@ def test_an_archive_has_the_scenes_of_its_folder(scenes: Path, tmp_path: Path, f
     archive = tmp_path / "clevrtex.tar"
     with tarfile.open(archive, "w", format=format) as file:
         file.add(scenes / ROOT, ROOT)
-    found = list_archive(archive)
+    found = list_archives([archive])
     assert [folder.name for folder in found] == [
         folder.name.replace(str(scenes), str(archive)) for folder in list_folder(scenes)
     ]
@@ -86,7 +86,7 @@ def test_the_bytes_of_members_are_not_read(files: Files, tmp_path: Path) -> None
         return int(Path("/proc/self/io").read_text().split()[1])
 
     before = bytes_read()
-    list_archive(path)
+    list_archives([path])
     assert bytes_read() - before < 1 << 20
 
 
@@ -175,7 +175,7 @@ def test_too_large(tmp_path: Path, name: str, limit: int) -> None:
     with path.open("r+b") as file:
         file.truncate(512 + limit + 512 + 1024)
     with pytest.raises(UserError, match=rf"{name} at offset 0 has {limit + 1} bytes, more than any"):
-        list_archive(path)
+        list_archives([path])
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_other_sources(tmp_path: Path, make: Callable[[Path], object], message: 
     path = tmp_path / "clevrtex.tar"
     make(path)
     with pytest.raises(UserError, match=f"clevrtex.tar: {message}"):
-        list_archive(path)
+        list_archives([path])
 
 
 def test_is_archive() -> None:

@@ -7,6 +7,8 @@ import itertools
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from shards.loading.loader import check_fits, refuse_faults, training_batches, w
 from shards.loading.rows import BatchShape, SceneShape, memory_size, rows_of
 from shards.loading.workers import DataWorkers, open_workers
 from shards.order import Order
+from shards.reading.cache import ShardCache
 from shards.reading.dataset import Split, open_split
 from shards.schema_json import decode_schema
 
@@ -170,6 +173,20 @@ def test_a_damaged_scene_is_an_empty_row_with_its_fault(shards: Path, tmp_path: 
         refuse_faults(batch)
 
 
+def test_a_damaged_copy_in_the_cache_is_healed(shards: Path, tmp_path: Path, workers: DataWorkers) -> None:
+    """A disk that lost a bit costs one more copy, and no sample."""
+    cache = ShardCache(tmp_path / "cache", 10**9)
+    split = open_split(shards, "val", cache)
+    (first,) = list(whole_split(split, SHAPE, 6, 0, 1, workers))
+    (copy,) = (tmp_path / "cache").rglob("val-000000.tar")
+    os.chmod(copy, 0o644)
+    flip(copy, split.locate([2])[0].image.offset + 10)
+    (again,) = list(whole_split(open_split(shards, "val", cache), SHAPE, 6, 0, 1, workers))
+    assert again.faults == ()
+    assert again.digests == first.digests
+    assert copy.read_bytes() == (shards / "val-000000.tar").read_bytes()
+
+
 def test_a_missing_shard_stops_everything(shards: Path, tmp_path: Path, workers: DataWorkers) -> None:
     copy = shutil.copytree(shards, tmp_path / "copy")
     split = open_split(copy, "val")
@@ -267,3 +284,43 @@ def test_masks_keep_their_ids(tmp_path: Path) -> None:
     picture.convert("RGB").save(tmp_path / "rgb.png")
     with pytest.raises(ValueError, match="must hold ids"):
         decode_mask((tmp_path / "rgb.png").read_bytes())
+
+
+def test_a_shard_that_is_cut_while_it_is_read(shards: Path, tmp_path: Path) -> None:
+    """The system kills who looks into a mapped file where it ends no more."""
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    split = open_split(copy, "train")
+    with open_workers(1) as workers:
+        batches = training_batches(split, Order(split.shard_samples, 0, 48), SHAPE, 0, 1, 0, workers, ahead=0)
+        next(batches)  # all shards are mapped now
+        for tar in copy.glob("train-*.tar"):
+            os.truncate(tar, 0)
+        with pytest.raises(UserError, match=rf"ended by signal 7: a shard was cut .*; run `nsi verify` on {copy}"):
+            take(batches, 3)
+
+
+def test_file_descriptors_may_be_acknowledged(train: Split, tmp_path: Path) -> None:
+    """As macOS does, where the answer to a batch must not be taken for one."""
+    script = tmp_path / "acknowledging.py"
+    script.write_text(
+        "import multiprocessing.reduction as reduction, sys\n"
+        "reduction.ACKNOWLEDGE = True\n"
+        "from shards.loading import workers, worker\n"
+        "from shards.loading.loader import training_batches\n"
+        "from shards.loading.rows import SceneShape\n"
+        "from shards.order import Order\n"
+        "from shards.reading.dataset import open_split\n"
+        "split = open_split(sys.argv[1], 'train')\n"
+        "with workers.open_workers(2) as running:\n"
+        "    order = Order(split.shard_samples, 0, 8)\n"
+        "    batches = training_batches(split, order, SceneShape(16, 10), 0, 1, 0, running)\n"
+        "    kept = [next(batches) for _ in range(6)]\n"
+        "print(sum(len(batch) for batch in kept))\n"
+    )
+    site = tmp_path / "sitecustomize.py"  # the workers, too, acknowledge
+    site.write_text("import multiprocessing.reduction as reduction\nreduction.ACKNOWLEDGE = True\n")
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{root}"}
+    command = [sys.executable, str(script), train.folder]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert found.stdout == "48\n", found.stderr

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from launch.bench_loader import many_samples
-from shards.order import Order
+from shards.order import Order, rank_rows
 from shards.reading.dataset import open_split
 
 
@@ -59,20 +59,28 @@ def test_the_order_of_a_million_shards_is_frozen() -> None:
     assert order.samples == 10**9
 
 
-def test_blocks_are_the_shards_that_a_batch_needs() -> None:
-    order = Order([7, 3, 5, 9, 4, 6, 8], 3, 5, block_shards=2)
-    for step in range(40):  # several epochs
-        here, coming = order.blocks(step)
-        shards = np.searchsorted(np.cumsum([7, 3, 5, 9, 4, 6, 8]), order.batch(step), side="right")
-        assert set(shards.tolist()) <= set(here.tolist()) | set(coming.tolist())
-        assert set(shards[:1].tolist()) <= set(here.tolist())
+def test_shards_ahead_are_those_that_a_rank_needs() -> None:
+    ends_S = np.cumsum([7, 3, 5, 9, 4, 6, 8])
+    for batch_size in (1, 5, 30):  # less than a block, and more than any
+        order = Order([7, 3, 5, 9, 4, 6, 8], 3, batch_size, block_shards=2)
+        for world in (1, min(3, batch_size)):
+            for rank in range(world):
+                rows = rank_rows(batch_size, rank, world)
+                needed = [set(np.searchsorted(ends_S, order.batch(s)[rows], side="right").tolist()) for s in range(90)]
+                for step in range(40):  # several epochs
+                    ahead = order.shards_ahead(step, rows)
+                    assert len(ahead) == len(set(ahead))
+                    assert needed[step] <= set(ahead)
+                    # What comes after a block that holds more than a batch is there in time.
+                    news = [shards for shards in needed[step + 1 :] if not shards <= needed[step]]
+                    assert batch_size > 1 or news[0] & set(ahead)
 
 
 READ = """
 import sys, resource
 from shards.reading.dataset import open_split
 from shards.loading.loader import rank_ids
-from shards.order import Order
+from shards.order import Order, rank_rows
 split = open_split(sys.argv[1], "train")
 reader = split.source.reader()
 ids = rank_ids(Order(split.shard_samples, 0, 64), 0, 1, 0)

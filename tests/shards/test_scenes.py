@@ -215,8 +215,31 @@ def test_file_name_that_leads_out(scene: Path, name: str) -> None:
         read_one(scene)
 
 
+def test_a_scene_without_its_json(scenes: Path, tmp_path: Path) -> None:
+    """It must not get lost in silence, be it alone in its folder (v2) or among others (v1)."""
+    copy = Path(shutil.copytree(scenes, tmp_path / "scenes"))
+    victim = Path(list_folder(copy)[7].name)
+    json_of(victim).unlink()
+    with pytest.raises(UserError, match=f"{victim.name}_(flat_)?0003.png: its {victim.name}.json is missing"):
+        survey(copy)
+
+
+def test_fewer_objects_than_promised(scene: Path) -> None:
+    edit(scene, lambda facts: facts["objects"].pop())
+    with pytest.raises(UserError, match=r"num_objects is \d+, but \d+ are listed"):
+        read_one(scene)
+
+
+def test_a_file_that_is_no_source(tmp_path: Path) -> None:
+    (tmp_path / "scenes.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match="scenes.zip: neither a folder nor an archive that is read here"):
+        list_folder(tmp_path / "scenes.zip")
+
+
 def test_a_key_with_a_dot(scene: Path) -> None:
     json_of(scene).rename(scene / "CLEVRTEXv2_full.1.json")
+    for picture in (image_of(scene), mask_of(scene)):
+        picture.unlink()
     with pytest.raises(UserError, match="a key ends at its first dot"):
         read_one(scene)
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from nsi.errors import UserError
 from shards.reading.storage import Retries
-from shards.sources.archive import list_archive
+from shards.sources.archive import list_archives
 from shards.sources.listing import Folder
 from shards.sources.scene import JSON_LIMIT, PICTURE_LIMIT
 from shards.sources.stream import Progress, is_stream, list_stream
@@ -106,7 +106,7 @@ def test_a_stream_has_the_scenes_of_its_archive(
     source = packed if kind == "gzip" else server.url()
     seen: list[tuple[int, int]] = []
     found = stream(tmp_path / "spool", source, report=lambda source, done, total: seen.append((done, total)))
-    expected = list_archive(tmp_path / "clevrtex.tar")
+    expected = list_archives([tmp_path / "clevrtex.tar"])
     assert scenes_in(found) == scenes_in(expected)
     assert [folder.name.partition(".tar")[2].removeprefix(".gz") for folder in found] == [
         folder.name.partition(".tar")[2] for folder in expected
@@ -523,3 +523,10 @@ def test_full_disk(
     subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
     assert members_in(stream(spool, server.url())) == wanted
     assert server.asked[1] > len(archive_of(files)) // 2
+
+
+def test_a_file_that_is_replaced_after_its_spool_was_complete(archive: bytes, tmp_path: Path) -> None:
+    source = gzipped(tmp_path / "a.tar.gz", archive)
+    stream(tmp_path / "spool", source)
+    gzipped(tmp_path / "a.tar.gz", archive + bytes(10240))
+    assert "remove that folder to start anew" in refused(tmp_path / "spool", source)

@@ -25,10 +25,10 @@ from shards.reading.dataset import open_split
 from shards.reading.storage import open_storage
 from shards.schema_json import decode_facts, decode_schema
 from shards.sources.scene import Place
+from shards.temporary import remove_leftovers, temporary_mark
 from shards.verify import verify as verify_storage
 from shards.writing import write as writing
 from shards.writing.cut import Settings, cut
-from shards.writing.pack import remove_leftovers
 from shards.writing.survey import Survey
 from shards.writing.transform import Transform
 from shards.writing.write import UNFINISHED, Part, merge_shards, write_shards
@@ -376,15 +376,36 @@ def test_a_folder_that_cannot_be_written(found: Survey, tmp_path: Path) -> None:
 
 
 def test_leftovers_of_the_dead_are_removed(tmp_path: Path) -> None:
-    import socket
-
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    host = socket.gethostname()
-    for name in (f"a.tar.{host}.{dead.pid}.tmp", f"b.tar.{host}.{os.getpid()}.tmp", f"c.tar.elsewhere.{dead.pid}.tmp"):
+    mark = temporary_mark()
+    here = mark.rsplit(".", 2)[0]
+    for name in (f"a.tar.{here}.{dead.pid}.tmp", f"b.tar.{mark}", f"c.tar.elsewhere.{dead.pid}.tmp", "notes.tmp"):
         (tmp_path / name).touch()
     remove_leftovers(tmp_path)
-    assert sorted(path.name[0] for path in tmp_path.iterdir()) == ["b", "c"]
+    assert sorted(path.name[0] for path in tmp_path.iterdir()) == ["b", "c", "n"]
+
+
+def test_a_complete_folder_that_lost_a_shard(found: Survey, shards: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    os.truncate(copy / "train-000001.tar", 1000)
+    with pytest.raises(UserError, match=r"train-000001.tar: missing or cut, though .* was complete"):
+        write(found, copy)
+
+
+def test_a_kill_after_the_manifest_leaves_nothing(found: Survey, shards: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    (copy / UNFINISHED).mkdir()
+    (copy / UNFINISHED / "plan.json").write_text("{}")
+    write(found, copy)
+    assert contents(copy) == contents(shards)
+
+
+def test_an_index_that_is_not_its_tars_is_written_again(found: Survey, shards: Path, tmp_path: Path) -> None:
+    write_part(found, tmp_path / "out", 1, 1)
+    index_path(tmp_path / "out" / "train-000001.tar").write_bytes(b"another")
+    write(found, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(shards)
 
 
 def test_places_of_a_tar_give_the_same_shards(found: Survey, shards: Path, tmp_path: Path) -> None:

@@ -1,0 +1,43 @@
+"""`nsi bench`: its names and its JSON are a contract; what it measures here is too small to mean anything."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.bench import compared
+from launch.cli import run as nsi
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_ratio_above_one_is_better() -> None:
+    assert compared("a", "images/s", "b", [3.0, 2.0, 9.0], [1.5, 1.0, 7.0]).ratio == 2.0  # of the medians
+    assert compared("a", "s", "b", [2.0], [3.0]).ratio == 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("suite", "names"),
+    [("loader", ["loader/read-vs-webdataset", "loader/decode-vs-decoder", "loader/first-batch"]),
+     ("shard", ["shard/copy-vs-cp", "shard/copy-vs-cp-synced"])],
+)  # fmt: skip
+def test_each_suite_says_its_names(suite: str, names: list[str]) -> None:
+    command = [sys.executable, "-m", "launch", "bench", suite, "--scenes", "100", "--json"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    lines = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [line["name"] for line in lines] == names
+    for line in lines:
+        assert {"name", "ours", "other", "unit", "ratio"} <= set(line)
+        assert all(line[key] > 0 and math.isfinite(line[key]) for key in ("ours", "other", "ratio"))
+
+
+def test_too_few_scenes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert nsi(["bench", "shard", "--scenes", "5"]) == 2
+    assert "give at least 100" in capsys.readouterr().err
