@@ -23,10 +23,10 @@ from typing import Any
 
 from nsi.errors import UserError
 from nsi.schema import Vocabulary
-from shards.index import index_path
-from shards.manifest import Manifest, Shard, ShardTable, read_manifest, write_manifest
+from shards.index import INDEX_SUFFIX, index_path
+from shards.manifest import MANIFEST, Manifest, Shard, ShardTable, read_manifest, write_manifest
 from shards.processes import as_they_end
-from shards.temporary import remove_leftovers, temporary_mark
+from shards.temporary import TEMPORARY, remove_leftovers, temporary_mark
 from shards.writing.cut import Plan, Settings, ShardPlan, cut, scenes_digest
 from shards.writing.pack import Job, Packed, pack_shard
 from shards.writing.survey import Survey
@@ -80,8 +80,10 @@ def write_shards(
         mine = part.share(plan.shards) if part else plan.shards
         _write_missing(out, notes, mine, survey.vocabulary, settings, pool, report)
         return None if part else merge_shards(out)
-    except OSError as error:
-        raise _cannot_write(out, error) from error
+    except (OSError, UserError) as error:
+        if not part and (manifest := finished(out)) and manifest.source == plan.digest:
+            return manifest  # another run beside this one was first, and has taken its notes away
+        raise (_cannot_write(out, error) if isinstance(error, OSError) else error) from error
 
 
 def merge_shards(out: Path) -> Manifest:
@@ -158,15 +160,20 @@ def _write_missing(
 def _finish(out: Path, notes: Path, packed: Packed, scenes: str) -> int:
     """Syncs a packed shard and gives it its name; the note is last, so tar and index are whole. Returns its samples."""
     tar_path = out / packed.shard.name
-    file = os.open(packed.temporary, os.O_RDONLY)
     try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-    _write(index_path(tar_path), packed.index, sync=True)
-    os.rename(packed.temporary, tar_path)
-    note = Note(scenes, packed.shard, packed.image_size, packed.mask_size, packed.objects)
-    _write(notes / f"{packed.shard.name}.json", json.dumps(asdict(note)).encode(), sync=False)
+        file = os.open(packed.temporary, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+        _write(index_path(tar_path), packed.index, sync=True)
+        os.rename(packed.temporary, tar_path)
+        note = Note(scenes, packed.shard, packed.image_size, packed.mask_size, packed.objects)
+        _write(notes / f"{packed.shard.name}.json", json.dumps(asdict(note)).encode(), sync=False)
+    except FileNotFoundError:
+        if not (out / MANIFEST).exists():
+            raise
+        # Another run beside this one was first, and has tidied up: all shards are there, and they are the same.
     return packed.shard.samples
 
 
@@ -263,13 +270,18 @@ def _split_of(name: str) -> str:
 
 
 def _remove_strangers(out: Path, notes: Path, names: set[str]) -> None:
-    """Removes shards that we wrote and that the plan has no more (a scene was taken out), and what the dead left."""
+    """Removes shards that we wrote and that the plan has no more (a scene was taken out), and temporary files.
+
+    All shards are there by now, so nobody needs what he is writing still.
+    """
     for note in notes.glob("*.tar.json"):
         name = note.name.removesuffix(".json")
         if name not in names:
             (out / name).unlink(missing_ok=True)
             index_path(out / name).unlink(missing_ok=True)
-    remove_leftovers(out)
+    for pattern in (f"*-*.tar.*{TEMPORARY}", f"*-*{INDEX_SUFFIX}.*{TEMPORARY}"):
+        for path in out.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _write(path: Path, data: bytes, sync: bool) -> None:
