@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cluster.durable import sync
 from nsi.errors import UserError
 
 
@@ -37,7 +38,7 @@ def take_attempt(folder: Path, world_size: int, launcher: str, restored_step: in
                     json.dump(asdict(attempt), file)
                     file.flush()
                     os.fsync(file.fileno())  # an audit must know where attempts went on from
-                _sync_folder(folder)
+                sync(folder)
                 return attempt
             except FileExistsError:
                 number += 1
@@ -64,11 +65,3 @@ def is_replaced(folder: Path, attempt: Attempt) -> bool:
 def is_superseded(step: int, number: int, attempts: list[Attempt]) -> bool:
     """Whether a later attempt went on from before this step, so that what attempt `number` said of it is void."""
     return any(later.number > number and later.restored_step < step for later in attempts)
-
-
-def _sync_folder(folder: Path) -> None:
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

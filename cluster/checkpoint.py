@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from cluster.durable import sync
 from cluster.engine import MOMENTS, TrainingState
 from nsi.errors import UserError
 
@@ -66,17 +66,17 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     (temporary / STATE).write_text(json.dumps(state, indent=1))
     names = (MODEL, OPTIMIZER, STATE)
     for name in names:
-        _sync(temporary / name)
+        sync(temporary / name)
     marks = {name: _sha256(temporary / name) for name in names}
     if target.exists():  # torn, or written by an attempt that came to this step before
         shutil.rmtree(target)
     temporary.rename(target)
     mark = target / (COMPLETE + ".tmp")
     mark.write_text(json.dumps(marks, indent=1))
-    _sync(mark)
+    sync(mark)
     mark.rename(target / COMPLETE)
-    _sync(target)
-    _sync(folder)
+    sync(target)
+    sync(folder)
     return target
 
 
@@ -187,14 +187,6 @@ class CheckpointWriter:
             prune(self._folder, self._keep_last, keep_also)
         except OSError as error:
             self._error = error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

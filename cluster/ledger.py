@@ -23,6 +23,7 @@ import numpy as np
 import xxhash
 
 from cluster.attempt import Attempt, is_superseded
+from cluster.durable import sync
 from nsi.errors import UserError
 
 _WRAP = (1 << 64) - 1
@@ -109,7 +110,7 @@ class LedgerWriter:
         with _telling(self._path):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("ab")
-            _sync_folder(folder)
+            sync(folder)
 
     def write(self, first_step: int, digests: Sequence[int], skipped: Sequence[Skipped] = ()) -> None:
         """Appends what the steps first_step, first_step + 1, ... read; nothing where there are no digests.
@@ -261,12 +262,3 @@ def _telling(path: Path) -> Iterator[None]:
             f"{path}: cannot be written ({error.strerror}); make room or mend the folder and start again, "
             "the run goes on from its newest checkpoint"
         ) from None
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new file's name lies on disk only when its folder is synced."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

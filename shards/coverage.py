@@ -19,8 +19,6 @@ import xxhash
 from shards.order import Order, mix64
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
 _POSITIONS_AT_ONCE = 1 << 17  # a few megabytes, which stay in a processor's cache
 _EPOCHS_AT_ONCE = 8  # an order's epochs are drawn one by one, so that many small ones at once would gain nothing
 _CHECKSUMS = np.dtype([("image", "<u8"), ("json", "<u8")])

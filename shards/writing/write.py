@@ -122,7 +122,7 @@ def merge_shards(out: Path) -> Manifest:
         )
         _remove_strangers(out, notes, {note.shard.name for note in whole})
         write_manifest(out, manifest)
-        _sync_folder(out)
+        _sync(out)
         shutil.rmtree(notes)
     except OSError as error:
         raise _cannot_write(out, error) from error
@@ -161,11 +161,7 @@ def _finish(out: Path, notes: Path, packed: Packed, scenes: str) -> int:
     """Syncs a packed shard and gives it its name; the note is last, so tar and index are whole. Returns its samples."""
     tar_path = out / packed.shard.name
     try:
-        file = os.open(packed.temporary, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
+        _sync(Path(packed.temporary))
         _write(index_path(tar_path), packed.index, sync=True)
         os.rename(packed.temporary, tar_path)
         note = Note(scenes, packed.shard, packed.image_size, packed.mask_size, packed.objects)
@@ -299,9 +295,9 @@ def _write(path: Path, data: bytes, sync: bool) -> None:
         raise
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes the renames in a folder last."""
-    file = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Returns when a file's bytes, or the names in a folder, lie on disk."""
+    file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
     finally:
