@@ -38,7 +38,7 @@ _READ_ROUNDS_S = 1.0  # each side reads the split again until so long has passed
 
 
 def comparisons(data: Path | None, scenes: int) -> Iterator[Comparison]:
-    """Each comparison as it is measured. The page cache is warm: a first pass over the data is not counted."""
+    """Each comparison as it is measured. Medians, so that a first round on a cold page cache does not count."""
     with contextlib.ExitStack() as closing:
         folder = data or closing.enter_context(_made_shards(scenes))
         split = open_split(folder, "train")

@@ -165,7 +165,9 @@ def _check(config: ShardConfig) -> Part | None:
         raise UsageError("--workers must be at least 1")
     if sum((bool(config.part), config.merge, config.to_hdf5)) > 1:
         raise UsageError("--part, --merge and --to_hdf5 are three different things to do; give one of them")
-    if config.paths and "://" in config.paths[-1]:
+    if not config.paths:
+        raise UsageError("give a SOURCE and an OUT: nsi shard clevrtexv2_full SHARDS")
+    if "://" in config.paths[-1]:
         raise UsageError(f"{config.paths[-1]}: shards are written to a folder; copy it there when it is complete")
     if config.merge and config.sources:
         raise UsageError("--merge wants OUT alone: nsi shard OUT --merge")
@@ -173,7 +175,7 @@ def _check(config: ShardConfig) -> Part | None:
         raise UsageError(f"{config.paths[0]}: not read from there by this verb; copy it to a folder first")
     if config.to_hdf5 and len(config.sources) != 1:
         raise UsageError("--to_hdf5 wants one folder of shards and one to write to: nsi shard --to_hdf5 SHARDS OUT")
-    if not config.paths or (not config.sources and not config.merge):
+    if not config.sources and not config.merge:
         raise UsageError("give a SOURCE and an OUT: nsi shard clevrtexv2_full SHARDS")
     if not config.part:
         return None

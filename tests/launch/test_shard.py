@@ -254,6 +254,8 @@ def test_a_scene_split_over_two_tars(files: Files, plain: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--to-hdf5"], "give a SOURCE and an OUT"),
+        (["--merge"], "give a SOURCE and an OUT"),
         (["SOURCE", "s3://bucket/shards"], "shards are written to a folder"),
         (["s3://bucket/scenes", "OUT"], "not read from there by this verb"),
         (["SOURCE", "OUT", "--merge"], "--merge wants OUT alone"),
