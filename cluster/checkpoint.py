@@ -25,7 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cluster.durable import sync
-from cluster.engine import MOMENTS, TrainingState
+from cluster.loss_scale import LossScale
+from cluster.training_state import MOMENTS, TrainingState
 from nsi.errors import UserError
 
 FORMAT = 1
@@ -60,6 +61,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         "format": FORMAT,
         "step": checkpoint.step,
         "optimizer_steps": checkpoint.training.optimizer_steps,
+        "loss_scale": checkpoint.training.loss_scale,
         "attempt": checkpoint.attempt,
         **checkpoint.facts,
     }
@@ -98,8 +100,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     for key, tensor in loaded.items():
         moment, _, name = key.partition("/")
         moments[moment][name] = tensor
-    training = TrainingState(parameters, moments, state["optimizer_steps"])
-    facts = {k: v for k, v in state.items() if k not in ("format", "step", "optimizer_steps", "attempt")}
+    scale = state.get("loss_scale")
+    training = TrainingState(parameters, moments, state["optimizer_steps"], LossScale(*scale) if scale else None)
+    own = ("format", "step", "optimizer_steps", "loss_scale", "attempt")
+    facts = {k: v for k, v in state.items() if k not in own}
     return Checkpoint(state["step"], state["attempt"], training, facts)
 
 
@@ -148,7 +152,7 @@ class CheckpointWriter:
         self._keep_last = keep_last
         self._is_replaced = is_replaced
         self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
+        self._error: Exception | None = None
 
     def submit(self, checkpoint: Checkpoint, keep_also: frozenset[int]) -> None:
         """Begins to write; waits first for the one before.
@@ -171,8 +175,9 @@ class CheckpointWriter:
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
+            reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
             raise UserError(
-                f"{self._folder}: the checkpoint could not be written ({error.strerror}); "
+                f"{self._folder}: the checkpoint could not be written ({reason}); "
                 "make room or mend the folder and start again, the run continues from the one before"
             )
 
@@ -185,7 +190,7 @@ class CheckpointWriter:
         try:
             write_checkpoint(self._folder, checkpoint)
             prune(self._folder, self._keep_last, keep_also)
-        except OSError as error:
+        except Exception as error:  # safetensors has errors of its own; none may get lost in this thread
             self._error = error
 
 

@@ -6,59 +6,32 @@ tensors that any world size, ZeRO stage and precision can load.
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from cluster.clip import clip_apart
+from cluster.engine_config import EngineConfig, Precision, engine_settings, read_deepspeed_config
+from cluster.loss_scale import GOOD_STEPS_TO_DOUBLE, LOWEST, LossScale, read_loss_scale, write_loss_scale
 from cluster.processes import use_gpus
+from cluster.training_state import MOMENTS, TrainingState
 from nsi.errors import UserError
 
-Precision = Literal["fp32", "bf16"]
-ZeroStage = Literal[0, 1, 2, 3]
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-# What flags decide; a file that decides them too would be a second truth.
-_FLAG_KEYS = {
-    "train_batch_size": "--batch_size",
-    "train_micro_batch_size_per_gpu": "--micro_batch_size",
-    "gradient_accumulation_steps": "--micro_batch_size",
-    "gradient_clipping": "--grad_clip",
-    "optimizer": "--lr",
-    "scheduler": "--schedule",
-    "bf16": "--precision",
-    "fp16": "--precision",
-    "torch_autocast": "--precision",
-}
+class Stepped(NamedTuple):
+    """What came of an optimizer step: the global gradient norm before clipping, and whether weights have changed.
 
+    They have not where the norm is no finite number.
+    """
 
-@dataclass(frozen=True)
-class EngineConfig:
-    """How the module is trained on the machine; none of it changes the mathematics but for the precision."""
-
-    zero_stage: ZeroStage = 1
-    """DeepSpeed ZeRO: 0 keeps everything everywhere, 1 shares out Adam's state, 2 the gradients too, 3 the parameters
-    too. The losses are the same."""
-    precision: Precision = "fp32"
-    """Arithmetic of the encoders. Scores and losses are float32 always."""
-    deepspeed_config: Path | None = None
-    """A DeepSpeed JSON to use in place of launch/deepspeed.json. Batch sizes, optimizer, clipping and precision belong
-    to the flags."""
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """All that training changes, by parameter name: whole float32 tensors on the CPU, and Adam's step count."""
-
-    parameters: dict[str, torch.Tensor]
-    moments: dict[str, dict[str, torch.Tensor]]  # "exp_avg" and "exp_avg_sq"
-    optimizer_steps: int
+    grad_norm: float
+    applied: bool
 
 
 class Engine:
@@ -77,9 +50,13 @@ class Engine:
         grad_clip: float,
         weight_decay: float,
         default_config: Path,
+        clip_only: tuple[str, ...] = (),
     ) -> None:
-        """`micro_rows` rows a forward, `micro_batches` forwards a step: DeepSpeed insists on their product."""
-        self._ds = _import_deepspeed()
+        """`micro_rows` rows a forward, `micro_batches` forwards a step: DeepSpeed insists on their product.
+
+        `clip_only`: how the names of the parameters begin that are clipped, by their own norm; empty for all.
+        """
+        self._ds = _import_deepspeed(config.precision)
         self._stage = config.zero_stage
         self._micro_batches = micro_batches
         self._scale = float(world_size)
@@ -89,7 +66,7 @@ class Engine:
             world_size,
             micro_rows,
             micro_batches,
-            grad_clip,
+            0.0 if clip_only else grad_clip,
         )
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay)
@@ -97,6 +74,14 @@ class Engine:
             model=module, optimizer=optimizer, config=settings, dist_init_required=False
         )
         self._steps = 0
+        self._clip_apart = [p for name, p in self._trained() if clip_only and name.startswith(clip_only)]
+        self._grad_clip = grad_clip
+        self._scaler = None
+        if config.precision == "fp16":
+            stage_0 = config.zero_stage == 0
+            self._scaler = self._engine.torch_autocast_z0_gradscaler if stage_0 else self._optimizer.loss_scaler
+            if stage_0:
+                self._scaler.set_growth_interval(GOOD_STEPS_TO_DOUBLE)
 
     @property
     def module(self) -> nn.Module:
@@ -124,17 +109,37 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * (self._scale * self._micro_batches))
 
-    def step(self, lr: float) -> float:
-        """Clips, takes one Adam step, clears the gradients; returns the global gradient norm before clipping."""
+    def step(self, lr: float) -> Stepped:
+        """Clips, takes one Adam step, clears the gradients; does no more than the last where one is not finite.
+
+        Raises UserError where fp16 gradients overflow at any loss scale.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        # At stage 0 in float32 DeepSpeed clips without telling the norm.
-        norm = self._plain_norm() if self._stage == 0 else None
-        self._engine.step()
-        self._steps += 1
-        if norm is None:
-            norm = self._engine.get_global_grad_norm()
-        return float(norm if norm is not None else torch.nan)
+        cut = 0.0
+        if self._clip_apart and self._grad_clip:
+            scale = self.loss_scale.scale if self.loss_scale else 1.0
+            cut = clip_apart(self._clip_apart, self._grad_clip, self._stage, scale, self._ds.utils)
+        if self._stage == 0:
+            stepped = self._step_plainly()
+        else:
+            try:
+                self._engine.step()
+            except Exception as error:
+                if "loss scale already at minimum" not in str(error):
+                    raise
+                raise _overflows_always() from None
+            told = self._engine.get_global_grad_norm()  # a tensor, now and then
+            norm = math.nan if told is None else float(told)
+            finite = math.isfinite(norm) and norm >= 0  # -1 stands for one that is not
+            stepped = Stepped(norm if finite else math.inf, finite)
+        self._steps += stepped.applied
+        return stepped._replace(grad_norm=math.hypot(stepped.grad_norm, math.sqrt(cut)))
+
+    @property
+    def loss_scale(self) -> LossScale | None:
+        """The loss scale of fp16."""
+        return read_loss_scale(self._scaler) if self._scaler is not None else None
 
     def state(self) -> TrainingState:
         """The whole training state, gathered on every rank."""
@@ -153,7 +158,7 @@ class Engine:
             parameters[name] = _whole(get.safe_get_full_fp32_param(parameter))
             for moment in MOMENTS:
                 moments[moment][name] = _whole(get.safe_get_full_optimizer_state(parameter, moment))
-        return TrainingState(parameters, moments, self._steps)
+        return TrainingState(parameters, moments, self._steps, self.loss_scale)
 
     def restore(self, state: TrainingState) -> None:
         """Sets the float32 parameters and Adam's state.
@@ -163,6 +168,8 @@ class Engine:
         """
         self._make_moments(state.optimizer_steps)
         self._steps = state.optimizer_steps
+        if self._scaler is not None and state.loss_scale:
+            write_loss_scale(self._scaler, state.loss_scale)
         for name, parameter in self._trained():
             if self._stage == 0:
                 for moment in MOMENTS:
@@ -207,52 +214,29 @@ class Engine:
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self._engine.module.named_parameters() if p.requires_grad)
 
-    def _plain_norm(self) -> torch.Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for _, p in self._trained() if p.grad is not None])
-
-
-def read_deepspeed_config(path: Path) -> dict:
-    """A DeepSpeed JSON. Raises UserError where it is no JSON or sets what belongs to a flag."""
-    try:
-        settings = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give --deepspeed_config a JSON file") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: holds no JSON object; launch/deepspeed.json shows what it looks like")
-    for key, flag in _FLAG_KEYS.items():
-        if key in settings:
-            raise UserError(f"{path}: sets {key}, which belongs to {flag}; remove it from the file")
-    if "stage" in settings.get("zero_optimization", {}):
-        raise UserError(f"{path}: sets zero_optimization.stage, which belongs to --zero_stage; remove it from the file")
-    return settings
-
-
-def engine_settings(
-    base: dict, config: EngineConfig, world_size: int, micro_rows: int, micro_batches: int, grad_clip: float
-) -> dict:
-    """The complete DeepSpeed configuration: the file's settings and those that flags decide."""
-    settings = dict(base)
-    settings["zero_optimization"] = {**base.get("zero_optimization", {}), "stage": config.zero_stage}
-    settings["train_micro_batch_size_per_gpu"] = micro_rows
-    settings["gradient_accumulation_steps"] = micro_batches
-    settings["train_batch_size"] = micro_rows * micro_batches * world_size
-    settings["gradient_clipping"] = grad_clip
-    if config.precision == "bf16":
-        # At stage 0 DeepSpeed's bf16 starts with a dummy Adam step that moves the weights (deepspeed pull 5104).
-        if config.zero_stage == 0:
-            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    def _step_plainly(self) -> Stepped:
+        """ZeRO 0: DeepSpeed clips there without telling the norm, and steps whatever it is."""
+        norm = torch.nn.utils.get_total_norm([p.grad for _, p in self._trained() if p.grad is not None]).item()
+        if self.loss_scale:
+            norm /= self.loss_scale.scale
+            if self.loss_scale.scale < LOWEST:
+                raise _overflows_always()
+        if math.isfinite(norm) or self._scaler is not None:  # the scaler has to see what overflowed, and leaves it out
+            self._engine.step()
         else:
-            settings["bf16"] = {"enabled": True}
-    return settings
+            self._engine.zero_grad()
+        return Stepped(norm, math.isfinite(norm))
+
+
+def _overflows_always() -> UserError:
+    return UserError("the gradients overflow in fp16 at any loss scale; go on with --precision bf16 or fp32")
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", torch.float32, copy=True)
 
 
-def _import_deepspeed() -> Any:
+def _import_deepspeed(precision: Precision) -> Any:
     """Imports DeepSpeed quietly, and without the compilers that it starts on a CPU."""
     if not use_gpus():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -263,5 +247,9 @@ def _import_deepspeed() -> Any:
         logging.getLogger(name).setLevel(logging.WARNING)
     # It would compile an operator that only inference uses, for up to a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
+    if precision == "fp16" and not use_gpus():
+        # torch has fp16 on a CPU since 2.5: slow, but enough to try a command on a laptop.
+        accelerator: Any = deepspeed.get_accelerator()
+        accelerator.is_fp16_supported = lambda: True
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_init_required=None)
     return deepspeed

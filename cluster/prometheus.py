@@ -28,6 +28,7 @@ _GAUGES = {
     "lr": ("nsi_learning_rate_ratio", "Learning rate"),
     "grad_norm": ("nsi_gradient_norm_ratio", "Global gradient norm before clipping"),
     "epoch": ("nsi_epochs_ratio", "Passes over the training split so far"),
+    "loss_scale": ("nsi_loss_scale_ratio", "What fp16 multiplies its loss with; 1 in other precisions"),
 }
 
 
@@ -99,6 +100,8 @@ def _sink(registry: CollectorRegistry, labels: dict[str, str]) -> Sink:
     step_seconds = counter("nsi_step_seconds", "Seconds spent in steps, the wait for data left out")
     wait_seconds = counter("nsi_data_wait_seconds", "Seconds spent waiting for data")
     bad_samples = counter("nsi_bad_samples", "Damaged scenes that --on_bad_sample skip passed over, of all ranks")
+    overflows = counter("nsi_overflows", "Steps left out since fp16 gradients overflowed")
+    nonfinite = counter("nsi_nonfinite_steps", "Steps left out since the loss or its gradient was no finite number")
     saves = counter("nsi_checkpoints", "Checkpoints written")
     save_seconds = counter("nsi_checkpoint_seconds", "Seconds that steps stood still for checkpoints")
     step_now = gauge("nsi_progress_steps", "Steps done since the run began, over all attempts")
@@ -111,6 +114,8 @@ def _sink(registry: CollectorRegistry, labels: dict[str, str]) -> Sink:
                 made.set(event.facts[key])
             steps.inc(event.facts["steps"])
             images.inc(event.facts["images"])
+            overflows.inc(event.facts["overflows"])
+            nonfinite.inc(event.facts["nonfinite_steps"])
             wait_seconds.inc(event.facts["data_wait_seconds"])
             step_seconds.inc(max(0.0, event.t1 - event.t0 - event.facts["data_wait_seconds"]))
         elif event.kind == "bad_samples":

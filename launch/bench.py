@@ -17,7 +17,8 @@ import tyro
 
 from nsi.errors import UsageError
 
-Suite = Literal["loader", "shard"]
+Suite = Literal["loader", "shard", "decoder", "step", "features", "score"]
+ON_DATA = ("loader", "shard", "features")
 ROUNDS = 5  # of each side, in turn, so that a machine's moods meet both
 
 
@@ -39,13 +40,18 @@ class BenchConfig:
 
     loader: reading shards against webdataset.WebDataset, decoding against the decoder alone, the first batch.
     shard: `nsi shard` against `cp -r` of the same files.
+    decoder: the decoder's forward and backward against its textbook form, on made numbers.
+    step: a training step without the backbone against its textbook form, on made numbers.
+    features: training steps from stored features against the same from images, on shards.
+    score: the contrastive loss of a global batch of 1,024 against its dense form, on made numbers; 8,192 on its own.
     """
 
     what: tyro.conf.Positional[Suite]
     """Which part."""
     data: Path | None = None
     """A folder of shards (loader) or of scenes (shard) to measure on; without it scenes are rendered for that. For a
-    while copies lie beside it, on the same disk: of shards as links, of scenes eleven times their size."""
+    while copies lie beside it, on the same disk: of shards as links, of scenes eleven times their size.
+    decoder, step and score read none."""
     scenes: int = 1000
     """How many scenes to render where no data is given; `shard` copies them to ten times as many."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -56,6 +62,8 @@ def run(config: BenchConfig) -> None:
     """Runs a suite and prints each comparison as soon as it is there."""
     if config.scenes < 100:
         raise UsageError(f"--scenes {config.scenes}: give at least 100, or nothing is measured but starting")
+    if config.data and config.what not in ON_DATA:
+        raise UsageError(f"--data {config.data}: bench {config.what} reads no data; leave it out")
     suite = importlib.import_module(f"launch.bench_{config.what}")
     comparisons: Iterator[Comparison] = suite.comparisons(config.data, config.scenes)
     for comparison in comparisons:
@@ -65,7 +73,7 @@ def run(config: BenchConfig) -> None:
 def compare(
     name: str, unit: str, against: str, ours: Callable[[], float], other: Callable[[], float], rounds: int = ROUNDS
 ) -> Comparison:
-    """Measures both sides in turn. Each gives a rate, where more is better, or seconds, where less is."""
+    """Measures both sides in turn. Each gives a rate, where more is better, or seconds or MiB, where less is."""
     mine, theirs = zip(*((ours(), other()) for _ in range(rounds)), strict=True)
     return compared(name, unit, against, mine, theirs)
 
@@ -73,7 +81,7 @@ def compare(
 def compared(name: str, unit: str, against: str, ours: Sequence[float], other: Sequence[float]) -> Comparison:
     """The comparison of what has been measured."""
     mine, theirs = statistics.median(ours), statistics.median(other)
-    return Comparison(name, mine, theirs, unit, theirs / mine if unit == "s" else mine / theirs, against)
+    return Comparison(name, mine, theirs, unit, theirs / mine if unit in ("s", "MiB") else mine / theirs, against)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from launch.bench import Comparison, compared, note, stopwatch
 from launch.bench_scenes import copied
 from nsi.errors import UserError
 from shards.sources.folder import list_folder
-from shards.sources.listing import is_scene_json
+from shards.sources.listing import is_scene_json, places_in
 
 COPIES = 10
 ROUNDS = 3
@@ -30,7 +30,7 @@ def comparisons(data: Path | None, scenes: int) -> Iterator[Comparison]:
     with contextlib.ExitStack() as closing:
         source = data or closing.enter_context(copied(scenes, COPIES))
         listed = list_folder(source)
-        places = [place for folder in listed for place in folder.members.values()]
+        places = [place for folder in listed for place in places_in(folder).values()]
         count = sum(is_scene_json(name) for folder in listed for name in folder.members)
         target = Path(closing.enter_context(tempfile.TemporaryDirectory(dir=source.parent)))
         _check_room(target, (3 * ROUNDS + 2) * sum(place.size for place in places))

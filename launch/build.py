@@ -22,16 +22,23 @@ def make_backbone(config: BackboneConfig, image_size: int) -> Backbone:
         if config.backbone_weights:
             raise UserError(f"--backbone_weights {config.backbone_weights}: the backbone {DCT!r} has no weights")
         return build_backbone(DCT, image_size, patch_size=config.patch_size)
-    if config.backbone_weights:
-        return build_backbone(config.backbone, image_size, _read_weights(config.backbone_weights))
-    return build_backbone(config.backbone, image_size, _fetch_weights(config.backbone))
+    given = config.backbone_weights
+    weights = _read_weights(given) if given else _fetch_weights(config.backbone)
+    return build_backbone(config.backbone, image_size, weights, normalize=config.normalization == "timm")
 
 
 def make_model(config: TrainConfig, vocabulary: Vocabulary, backbone: Backbone) -> NeuralSlotInterpreter:
     """The model with its initial weights, which the seed alone decides."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.optim.seed)
-        return NeuralSlotInterpreter(config.model, backbone.feature_dim, backbone.num_patches, vocabulary.counts())
+        return NeuralSlotInterpreter(
+            config.model,
+            backbone.feature_dim,
+            backbone.num_patches,
+            vocabulary.counts(),
+            config.loss.tau,
+            config.engine.recompute,
+        )
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:

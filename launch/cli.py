@@ -19,8 +19,10 @@ VERBS = {
     "shard": ("launch.shard", "ShardConfig", "turn CLEVRTex, in any form, into WebDataset shards"),
     "verify": ("launch.verify", "VerifyConfig", "check every byte of a folder of shards"),
     "plan": ("launch.plan", "PlanConfig", "what a run over these shards will need, before paying for it"),
+    "features": ("launch.features", "FeaturesConfig", "store the backbone's features, so that training skips it"),
     "train": ("launch.train", "", "train on shards, alone or under any launcher"),
     "eval": ("launch.evaluate", "EvalConfig", "measure retrieval and object discovery of a run"),
+    "import-reference": ("launch.import_reference", "ImportConfig", "make a run of the public code's trained model"),
     "audit": ("launch.audit", "AuditConfig", "prove from its ledger what a run has read"),
     "report": ("launch.report", "ReportConfig", "write a run's report as one HTML file"),
     "bench": ("launch.bench", "BenchConfig", "measure a part against what one would use otherwise"),
@@ -97,7 +99,7 @@ def _parse(module: Any, verb: str, arguments: list[str]) -> Any:
 
 def _overview() -> str:
     lines = ["usage: nsi VERB ...      (nsi VERB --help tells more)", ""]
-    lines += [f"  {verb:8} {text}" for verb, (_, _, text) in VERBS.items()]
+    lines += [f"  {verb:16} {text}" for verb, (_, _, text) in VERBS.items()]
     lines += ["", f"{DEBUG} anywhere shows the traceback of a failure. Exit status: 0 done, 1 failed, 2 wrong usage."]
     return "\n".join(lines)
 

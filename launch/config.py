@@ -14,11 +14,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from cluster.engine import EngineConfig
+from cluster.engine_config import EngineConfig
 from nsi.errors import UsageError, UserError
 from nsi.model import ModelConfig
 
-RecipeName = Literal["default", "demo"]
+RecipeName = Literal["default", "reference", "demo"]
 Config = TypeVar("Config")
 Flat = tyro.conf.OmitArgPrefixes
 
@@ -29,6 +29,12 @@ class DataConfig:
 
     image_size: int = 224
     """Images are resized once, from the source, to this many pixels square."""
+    squash_size: int = 0
+    """Make images this many pixels square first (Hamming filter) and then --image_size (bicubic), as the public code's
+    data are (128); 0 does not."""
+    features: str | None = None
+    """A feature store, written by `nsi features` from these shards: training reads it in place of images, and does
+    without the backbone. A path or URL, as --data_path."""
     max_program_len: int = 10
     """Most objects in a scene."""
     num_workers: int = 1
@@ -53,6 +59,9 @@ class BackboneConfig:
     """Any timm ViT by name, or "dct": fixed statistics of each patch, which need no weights."""
     backbone_weights: Path | None = None
     """The weights of the ViT (.safetensors, or a state dict saved by torch); without it they come from the hub."""
+    normalization: Literal["timm", "none"] = "timm"
+    """What a ViT is shown: colours in [0, 1] normalised as its weights were trained, or as they are, as the public code
+    does. Without effect on "dct"."""
     patch_size: int = 8
     """Patch size of the backbone "dct"; a ViT has its own."""
 
@@ -64,8 +73,9 @@ class LossConfig:
     tau: float = 0.1
     """Temperature: scores are divided by it."""
     beta: float = 1.0
-    """Weight of the reconstruction loss. Here that loss is the mean over the F features; the public code sums over
-    them, so its beta 1.0 is F (768 for ViT-B) in ours, unless --reconstruction sum."""
+    """Weight of the reconstruction loss. By default that loss is the mean over the F features, in --recipe reference
+    their sum (--reconstruction sum), so the same beta means another thing there: the public code's 1.0 weighs as much
+    as F (768 for ViT-B) by default."""
     reconstruction: Literal["mean", "sum"] = "mean"
     """Squared error averaged over the features, or summed over them as the public code does."""
     score: Literal["sum", "mean"] = "sum"
@@ -96,10 +106,15 @@ class OptimConfig:
     """After the warm-up: cosine to zero, halve after --patience stale validations, or stay."""
     patience: int = 4
     """Validations without a better loss before --schedule plateau halves the learning rate."""
+    plateau_in_warmup: bool = False
+    """Let --schedule plateau count and halve during the warm-up too, as the public code does."""
     grad_clip: float = 1.0
-    """Largest global gradient norm; 0 does not clip."""
+    """Largest gradient norm of what --clip_scope says; 0 does not clip."""
+    clip_scope: Literal["all", "slot_encoder"] = "all"
+    """Whose gradient is clipped: that of all parameters by one norm, or, as in the public code, that of slot attention,
+    decoder and slot embedding by its own norm, and the schema encoder's never."""
     weight_decay: float = 0.0
-    """Weight decay of AdamW."""
+    """Weight decay of AdamW, which without it is Adam."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +127,12 @@ class WatchConfig:
     """Steps between two checkpoints."""
     validate_every: int = 0
     """Steps between two validations; 0 means once an epoch."""
+    select_by: Literal["retrieval", "loss"] = "retrieval"
+    """Which validation is the best, whose weights are kept: highest R@5, or lowest total loss, as in the public
+    code."""
+    nonfinite_limit: int = 3
+    """Steps in a row whose loss or gradient is no finite number that are left out, the weights unchanged. One more
+    stops the run, with the scenes and the largest norms in RUN/nonfinite-STEP.json."""
     prometheus_port: int = 0
     """Port of rank 0's Prometheus endpoint, the next ones for further ranks of the node; 0 takes any free port, which
     RUN/prometheus/ then names."""
@@ -169,6 +190,8 @@ def check(config: TrainConfig) -> None:
         "validate_every": config.watch.validate_every,
         "seed": config.optim.seed,
         "bad_sample_limit": config.data.bad_sample_limit,
+        "nonfinite_limit": config.watch.nonfinite_limit,
+        "squash_size": config.data.squash_size,
     }
     for name, value in not_negative.items():
         if not value >= 0:
@@ -180,13 +203,17 @@ def check(config: TrainConfig) -> None:
 def science(config: TrainConfig) -> dict[str, Any]:
     """The values that a run may not change on its way, by flag: they decide what is computed, not where or how."""
     kept = {"batch_size", "seed", "lr", "lr_warmup_steps", "schedule", "patience", "grad_clip", "weight_decay"}
+    kept |= {"plateau_in_warmup", "clip_scope"}
     return {
         **vars(config.model),
         **vars(config.loss),
         "backbone": config.backbone.backbone,
+        "normalization": config.backbone.normalization,
         "patch_size": config.backbone.patch_size,
         "image_size": config.data.image_size,
+        "squash_size": config.data.squash_size,
         "max_program_len": config.data.max_program_len,
+        "select_by": config.watch.select_by,
         **{name: value for name, value in vars(config.optim).items() if name in kept},
     }
 
@@ -212,6 +239,8 @@ def _revive(hint: Any, value: Any) -> Any:
         hint = typing.get_args(hint)[0]
     if is_dataclass(hint) and isinstance(hint, type):
         return from_json(hint, value)
+    if typing.get_origin(hint) is tuple:  # JSON has lists alone
+        return tuple(value)
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return Path(value) if Path in options and value is not None else value
 

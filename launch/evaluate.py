@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class EvalConfig:
     split: str = "test"
     """Which split of the shards: test, val or train."""
     checkpoint: str = "best"
-    """best: the step with the best validation retrieval; last: the newest one; or a step's number."""
+    """best: the step with the best validation (`nsi train --select_by`); last: the newest one; or a step's number."""
     data_path: str = ""
     """Shards to read, where they have moved since training."""
     batch_size: int = 64
@@ -89,7 +89,11 @@ def run(config: EvalConfig) -> None:
         raise UsageError("--batch_size and --num_workers must be at least 1")
     checkpoint = read_checkpoint(_find(config))
     trained = from_json(TrainConfig, checkpoint.facts["config"])
-    split = open_split(config.data_path or trained.data_path, config.split)
+    if not (data_path := config.data_path or trained.data_path):
+        raise UsageError(f"{config.run}: names no shards; give --data_path")
+    if (own := config.run / runfolder.BACKBONE).is_file():  # an imported model's, which moves with its run
+        trained = replace(trained, backbone=replace(trained.backbone, backbone_weights=own))
+    split = open_split(data_path, config.split)
     check_fits(split, trained.data.max_program_len)
     if split.manifest.vocabulary.fingerprint() != checkpoint.facts["vocabulary_fingerprint"]:
         raise UserError(f"{split.folder}: has another schema than {config.run} was trained on; give the same shards")
@@ -104,7 +108,7 @@ def run(config: EvalConfig) -> None:
 
     results: list[SceneResult] = []
     frames: list[dict[str, Any]] = []
-    shape = SceneShape(trained.data.image_size, trained.data.max_program_len)
+    shape = SceneShape(trained.data.image_size, trained.data.max_program_len, trained.data.squash_size)
     with (
         open_workers(config.num_workers) as workers,
         progress(f"evaluating {config.split}", len(split), unit="scenes") as advance,

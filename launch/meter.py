@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 from cluster.events import Event
+from cluster.loss_scale import LossScale
 from launch.config import TrainConfig
 from launch.step import StepResult
 from nsi.batch import Batch
@@ -24,6 +25,8 @@ class Meter:
         self._steps = 0
         self._waited = 0.0
         self._stepped = 0.0
+        self._broken = 0
+        self._overflows = 0
 
     def wait_for(self, batches: Iterator[Batch]) -> Batch:
         """The next batch."""
@@ -42,7 +45,21 @@ class Meter:
         self._stepped += time.time() - t0
         self._steps += 1
 
-    def event(self, step: int, lr: float, result: StepResult, config: TrainConfig, order: Order, world: int) -> Event:
+    def count(self, result: StepResult, broken: bool) -> None:
+        """Counts a step that was left out: for want of finite numbers, or since fp16 gradients overflowed."""
+        self._broken += broken
+        self._overflows += not broken and not result.applied
+
+    def event(
+        self,
+        step: int,
+        lr: float,
+        result: StepResult,
+        config: TrainConfig,
+        order: Order,
+        world: int,
+        loss_scale: LossScale | None = None,
+    ) -> Event:
         """The interval as an event, and a fresh interval."""
         contrastive, reconstruction = float(result.contrastive), float(result.reconstruction)
         loss = contrastive + config.loss.beta * reconstruction
@@ -61,6 +78,9 @@ class Meter:
             "images": images,
             "data_wait_seconds": self._waited,
             "step_seconds": self._stepped,
+            "nonfinite_steps": self._broken,
+            "overflows": self._overflows,
+            "loss_scale": loss_scale.scale if loss_scale else 1.0,
         }
         began = self._began or time.time()
         self._reset()

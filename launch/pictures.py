@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+
+from nsi.errors import UserError
+from shards.decode import decode_image
+from shards.reading.dataset import Split
+
+
+def pictures(split: Split, samples: Sequence[int], size: int) -> torch.Tensor:
+    """images_BCHW of some scenes, uint8, straight from the shards. One that cannot be read is black."""
+    images_BHW3 = np.zeros((len(samples), size, size, 3), np.uint8)
+    for row, sample in enumerate(samples):
+        with contextlib.suppress(UserError):  # training on stored features goes on without its image
+            images_BHW3[row] = split.decode(sample, "image", lambda data: decode_image(data, size))
+    return torch.from_numpy(images_BHW3).permute(0, 3, 1, 2)
 
 
 def mask_sheet(images_BCHW: torch.Tensor, alphas_BNP: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -6,22 +6,28 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cluster.attempt import Attempt, take_attempt
 from cluster.checkpoint import Checkpoint
-from cluster.engine import read_deepspeed_config
+from cluster.engine_config import read_deepspeed_config
 from cluster.prometheus import forget_endpoints
 from cluster.world import World
 from launch import runfolder
 from launch.build import make_backbone, make_model
+from launch.compiling import compile_model
 from launch.config import TrainConfig, to_json
 from launch.resume import find_checkpoint, load_start
+from launch.stored import open_features
 from nsi.backbone import Backbone, parameters_hash
 from nsi.errors import UserError
 from nsi.model import NeuralSlotInterpreter
+from nsi.schema import Vocabulary
 from shards.loading.loader import check_fits
+from shards.loading.rows import SceneShape
+from shards.manifest import Manifest
 from shards.order import Order
 from shards.reading.cache import ShardCache
 from shards.reading.dataset import Split, open_splits
@@ -35,6 +41,9 @@ class Parts:
 
     train: Split
     val: Split
+    train_rows: Split  # what rows are read from: the splits themselves, or those of a feature store made of them
+    val_rows: Split
+    shape: SceneShape
     order: Order
     backbone: Backbone
     backbone_hash: str
@@ -51,7 +60,10 @@ def prepare(config: TrainConfig, speak: bool, first_of_node: bool) -> Parts:
     read_deepspeed_config(config.engine.deepspeed_config or DEEPSPEED_CONFIG)  # the engine reads it again, too late
     cache = ShardCache(config.data.cache_path, int(config.data.cache_gb * 1e9)) if config.data.cache_path else None
     train_split, val_split = open_splits(config.data_path, ("train", "val"), cache)
-    for split in (train_split, val_split):
+    data = train_split, val_split
+    stored = config.data.features and open_features(config.data.features, data, config.data, config.backbone, cache)
+    train_rows, val_rows = stored.splits if stored else data
+    for split in (train_rows, val_rows):
         check_fits(split, config.data.max_program_len)
         if first_of_node:
             split.check_complete()
@@ -60,16 +72,34 @@ def prepare(config: TrainConfig, speak: bool, first_of_node: bool) -> Parts:
             f"{config.data_path}: --batch_size {config.optim.batch_size} is larger than the train split's "
             f"{len(train_split)} scenes; lower it"
         )
-    backbone = make_backbone(config.backbone, config.data.image_size)
-    backbone_hash = parameters_hash(backbone)
+    if stored:
+        backbone, backbone_hash = stored.backbone, stored.backbone_hash
+    else:
+        backbone = make_backbone(config.backbone, config.data.image_size)
+        backbone_hash = parameters_hash(backbone)
     restored = find_checkpoint(config, train_split, backbone_hash, speak)
     model = make_model(config, train_split.manifest.vocabulary, backbone)
     if restored:
         model.load_state_dict(restored.training.parameters)
     elif config.checkpoint_path:
         load_start(model, config.checkpoint_path, train_split)
+    if config.engine.compile:
+        compile_model(model, config.engine.zero_stage, _warn if speak else lambda text: None)
     order = Order(train_split.shard_samples, config.optim.seed, config.optim.batch_size)
-    return Parts(train_split, val_split, order, backbone, backbone_hash, model, restored)
+    shape = _shape(config, train_rows)
+    return Parts(*data, train_rows, val_rows, shape, order, backbone, backbone_hash, model, restored)
+
+
+def _warn(text: str) -> None:
+    print(f"nsi train: {text}", file=sys.stderr)
+
+
+def _shape(config: TrainConfig, rows: Split) -> SceneShape:
+    """What a row holds: stored features where there are any, and then no image."""
+    objects = config.data.max_program_len
+    if features := rows.manifest.features:
+        return SceneShape(0, objects, tokens=features.shape)
+    return SceneShape(config.data.image_size, objects, config.data.squash_size)
 
 
 def begin(config: TrainConfig, world: World, parts: Parts) -> Attempt | None:
@@ -82,27 +112,46 @@ def begin(config: TrainConfig, world: World, parts: Parts) -> Attempt | None:
     forget_endpoints(config.log_path)
     manifest = parts.train.manifest
     content = {
-        "config": to_json(config),
-        "data": {
-            "path": config.data_path,
-            "fingerprint": manifest.fingerprint,
-            "variant": manifest.variant,
-            "split_rule": manifest.split_rule,
-            "image_size": manifest.image_size,
-            **{split: manifest.samples(split) for split in manifest.splits},
-        },
-        "vocabulary": vars(manifest.vocabulary),
-        "backbone": {
-            "name": config.backbone.backbone,
-            "hash": parts.backbone_hash,
-            "feature_dim": parts.backbone.feature_dim,
-            "grid": parts.backbone.grid,
-        },
-        "parameters": sum(parameter.numel() for parameter in parts.model.parameters()),
-        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+        **record(config, manifest, manifest.vocabulary, parts.backbone, parts.backbone_hash, parts.model),
+        "features": {
+            "path": config.data.features,
+            "fingerprint": parts.train_rows.manifest.fingerprint,
+            "storage": features.storage,
+            "relative_rms_error": features.relative_rms_error,
+        }
+        if (features := parts.train_rows.manifest.features)
+        else None,
     }
     path = config.log_path / runfolder.CONFIG
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=1))
     temporary.rename(path)
     return attempt
+
+
+def record(
+    config: TrainConfig,
+    manifest: Manifest | None,
+    vocabulary: Vocabulary,
+    backbone: Backbone,
+    backbone_hash: str,
+    model: NeuralSlotInterpreter,
+) -> dict[str, Any]:
+    """What config.json says of a run; `manifest` is that of its shards, if it has any."""
+    data: dict[str, Any] = {"path": config.data_path}
+    if manifest:
+        data |= {name: getattr(manifest, name) for name in ("fingerprint", "variant", "split_rule", "image_size")}
+        data |= {split: manifest.samples(split) for split in manifest.splits}
+    return {
+        "config": to_json(config),
+        "data": data,
+        "vocabulary": vars(vocabulary),
+        "backbone": {
+            "name": config.backbone.backbone,
+            "hash": backbone_hash,
+            "feature_dim": backbone.feature_dim,
+            "grid": backbone.grid,
+        },
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+    }

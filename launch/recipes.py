@@ -20,6 +20,17 @@ from launch.config import (
 from nsi.errors import UsageError
 from nsi.model import ModelConfig
 
+# What the public NSI code does otherwise than the defaults, each by the one flag that brings it back; all the rest are
+# the public defaults already. `launch/README.md` sets them side by side.
+_REFERENCE = {
+    "data": DataConfig(squash_size=128),
+    "backbone": BackboneConfig(normalization="none"),
+    "model": ModelConfig(attend_padding=True, schema_dropout=0.0, position_std=1.0),
+    "loss": LossConfig(reconstruction="sum"),
+    "optim": OptimConfig(schedule="plateau", plateau_in_warmup=True, clip_scope="slot_encoder", weight_decay=0.0),
+    "watch": WatchConfig(select_by="loss"),
+}
+
 # Small enough for two CPU cores and minutes: 64 patches, narrow layers, no schema transformer. What it shows is the
 # whole road, and that held-out scenes are recognised far above chance.
 _DEMO = {
@@ -44,9 +55,12 @@ _DEMO = {
 }
 
 
+_RECIPES = {"default": {}, "reference": _REFERENCE, "demo": _DEMO}
+
+
 def recipe_defaults(recipe: RecipeName, config: TrainConfig) -> TrainConfig:
     """`config` with the recipe's values in place of the defaults."""
-    return replace(config, recipe=recipe, **(_DEMO if recipe == "demo" else {}))
+    return replace(config, recipe=recipe, **_RECIPES[recipe])
 
 
 def starting_point(arguments: Sequence[str]) -> TrainConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from launch.config import TrainConfig, from_json, science, to_json
 from launch.schedule import Plateau
 from nsi.errors import UserError
 from nsi.model import NeuralSlotInterpreter
-from shards.manifest import Manifest
+from nsi.schema import Vocabulary
 from shards.reading.dataset import Split
 
 
@@ -23,7 +24,7 @@ class Progress:
 
     step: int
     plateau: Plateau
-    best: dict[str, float]  # {"step", "R@5"} of the best validation, empty before the first
+    best: dict[str, float]  # {"step", "R@5", "loss"} of the best validation, empty before the first
 
 
 def find_checkpoint(config: TrainConfig, train: Split, backbone_hash: str, speak: bool) -> Checkpoint | None:
@@ -70,19 +71,28 @@ def load_start(model: NeuralSlotInterpreter, path: Path, train: Split) -> None:
         ) from None
 
 
-def checkpoint_facts(config: TrainConfig, manifest: Manifest, backbone_hash: str, now: Progress) -> dict[str, Any]:
-    """What a checkpoint says besides the training state."""
+def checkpoint_facts(
+    config: TrainConfig, fingerprint: str, vocabulary: Vocabulary, backbone_hash: str, now: Progress
+) -> dict[str, Any]:
+    """What a checkpoint says besides the training state; `fingerprint` is that of the shards."""
     return {
         "seed": config.optim.seed,
         "batch_size": config.optim.batch_size,
-        "fingerprint": manifest.fingerprint,
-        "vocabulary": {name: list(names) for name, names in vars(manifest.vocabulary).items()},
-        "vocabulary_fingerprint": manifest.vocabulary.fingerprint(),
+        "fingerprint": fingerprint,
+        "vocabulary": {name: list(names) for name, names in vars(vocabulary).items()},
+        "vocabulary_fingerprint": vocabulary.fingerprint(),
         "backbone_hash": backbone_hash,
         "plateau": vars(now.plateau),
         "best": now.best,
         "config": to_json(config),
     }
+
+
+def is_better(figures: Mapping[str, float], best: Mapping[str, float], select_by: str) -> bool:
+    """Whether a validation's figures beat the best so far, if there is one."""
+    if select_by == "loss":
+        return not best or figures["loss"] < best["loss"]
+    return not best or figures["R@5"] > best["R@5"]
 
 
 def _check_schema(path: Path, found: Checkpoint, train: Split) -> None:

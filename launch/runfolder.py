@@ -16,7 +16,9 @@ ATTEMPTS = "attempts"
 EVENTS = "events"
 LEDGER = "ledger"
 TENSORBOARD = "tensorboard"
+BACKBONE = "backbone.safetensors"  # the frozen ViT of an imported model
 REPORT = "report.html"
+NONFINITE = "nonfinite"  # reports of a step whose numbers were none, -STEP.json
 STOPPED = "stopped"  # there while a run was cut by a signal; a batch script requeues on it
 
 

@@ -20,7 +20,7 @@ class Plateau:
 def learning_rate(config: OptimConfig, step: int, total_steps: int, plateau: Plateau) -> float:
     """The learning rate of the step that follows `step` finished ones."""
     if step < config.lr_warmup_steps:
-        return config.lr * (step + 1) / config.lr_warmup_steps
+        return config.lr * (step + 1) / config.lr_warmup_steps * plateau.factor
     if config.schedule == "plateau":
         return config.lr * plateau.factor
     if config.schedule == "constant":
@@ -30,10 +30,14 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int, plateau: Pla
 
 
 def after_validation(plateau: Plateau, config: OptimConfig, step: int, loss: float) -> Plateau:
-    """Halves the rate after `patience` validations without a better loss. The warm-up does not count."""
+    """Halves the rate after `patience` validations without a better loss.
+
+    The warm-up does not count, unless --schedule plateau is told that it does.
+    """
     if plateau.best_loss is None or loss < plateau.best_loss:
         return replace(plateau, best_loss=loss, stale=0)
-    if step < config.lr_warmup_steps:
+    counts_now = config.schedule == "plateau" and config.plateau_in_warmup
+    if step < config.lr_warmup_steps and not counts_now:
         return plateau
     if plateau.stale + 1 < config.patience:
         return replace(plateau, stale=plateau.stale + 1)

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import os
-import re
+from collections.abc import Iterator
 from concurrent.futures import Executor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from launch.parts import parse_part
 from launch.progress import progress, reading
 from nsi.errors import UsageError, UserError
-from shards.hdf5 import write_hdf5
 from shards.manifest import MANIFEST, Manifest, read_manifest
-from shards.processes import process_pool
+from shards.processes import process_pool, without_gc
 from shards.reading.dataset import open_splits
 from shards.sources.fetch import label
 from shards.sources.find import check_parts_can_share, list_sources
 from shards.sources.legacy import is_legacy, list_legacy
-from shards.sources.listing import is_scene_json
+from shards.sources.listing import Folder, is_scene_json
 from shards.sources.stream import first_scene, is_stream
 from shards.writing.cut import Settings, may_be_cut_so
 from shards.writing.splits import SplitRule
@@ -111,7 +111,7 @@ def _shard(config: ShardConfig, part: Part | None) -> None:
         return
     # Where parts work side by side, a plan is not one run's to remove.
     tidy = nullcontext() if part else leaving_nothing(config.out)
-    with tidy, process_pool(config.workers, config.out) as pool:
+    with without_gc(), tidy, process_pool(config.workers, config.out) as pool:
         survey = _survey(config, pool)
         count = len(survey.scenes)
         with progress("writing shards", count, unit="scenes") as advance:
@@ -144,14 +144,28 @@ def _check_made_from(config: ShardConfig, settings: Settings) -> None:
 def _survey(config: ShardConfig, pool: Executor) -> Survey:
     if len(config.sources) == 1 and is_legacy(Path(config.sources[0])):
         return survey_scenes(*list_legacy(Path(config.sources[0])))
-    with reading() as advance:
-        folders = list_sources(config.sources, config.out / UNFINISHED / _SPOOL, advance)
-    count = sum(is_scene_json(name) for folder in folders for name in folder.members)
-    with progress("checking scenes", count, unit="scenes") as advance:
-        return survey_folders(folders, pool, advance)
+    count, advance = 0, None
+
+    def folders() -> Iterator[Folder]:
+        nonlocal count
+        with reading() as advance_reading:
+            for folder in list_sources(config.sources, config.out / UNFINISHED / _SPOOL, advance_reading):
+                count += sum(map(is_scene_json, folder.members))
+                yield folder
+
+    with ExitStack() as shown:
+
+        def report(done: int) -> None:  # first called when all scenes are counted
+            nonlocal advance
+            advance = advance or shown.enter_context(progress("checking scenes", count, unit="scenes"))
+            advance(done)
+
+        return survey_folders(folders(), pool, report)
 
 
 def _write_hdf5(shards: Path, out: Path) -> None:
+    from shards.hdf5 import write_hdf5  # here, not above: h5py takes as long to import as all the rest
+
     manifest = read_manifest(shards)
     total = sum(manifest.samples(split) for split in manifest.splits)
     with progress("writing images.h5", total, unit="scenes") as advance:
@@ -177,13 +191,10 @@ def _check(config: ShardConfig) -> Part | None:
         raise UsageError("--to_hdf5 wants one folder of shards and one to write to: nsi shard --to_hdf5 SHARDS OUT")
     if not config.sources and not config.merge:
         raise UsageError("give a SOURCE and an OUT: nsi shard clevrtexv2_full SHARDS")
-    if not config.part:
-        return None
-    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", config.part)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise UsageError(f"--part {config.part}: give i/N with i from 1 to N, as in 3/8")
-    check_parts_can_share(config.sources)
-    return Part(int(found[1]), int(found[2]))
+    part = parse_part(config.part)
+    if part:
+        check_parts_can_share(config.sources)
+    return part
 
 
 def _tell(out: Path, manifest: Manifest) -> None:

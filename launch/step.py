@@ -24,6 +24,7 @@ from nsi.batch import Batch
 from nsi.loss import Rows, contrastive_sum
 from nsi.model import Output
 from nsi.noise import KeyedNoise
+from nsi.tokens import unpack
 
 Features = Callable[[torch.Tensor], torch.Tensor]  # images_BCHW to features_BPF, a frozen backbone
 
@@ -49,15 +50,17 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Losses of the whole batch G, and the global gradient norm before clipping. The same on all ranks."""
+    """Losses of the whole batch G, the global gradient norm before clipping, and whether the weights have changed: not
+    where the norm is no finite number. The same on all ranks."""
 
     contrastive: torch.Tensor
     reconstruction: torch.Tensor
     grad_norm: float
+    applied: bool
 
-    def is_finite(self) -> bool:
-        """Whether the losses and the gradient are numbers still. DeepSpeed says -1 for a norm that is none."""
-        return math.isfinite(float(self.contrastive + self.reconstruction) + self.grad_norm) and self.grad_norm >= 0
+    def loss_is_finite(self) -> bool:
+        """Whether both losses are numbers."""
+        return math.isfinite(float(self.contrastive + self.reconstruction))
 
 
 def training_step(
@@ -65,9 +68,9 @@ def training_step(
 ) -> StepResult:
     """Forward, loss, backward and the optimizer's step, by all ranks together."""
     contrastive, reconstruction = losses_and_gradient(engine, backbone, batch, step, settings)
-    grad_norm = engine.step(lr)
+    grad_norm, applied = engine.step(lr)
     sums = sum_over_ranks(torch.stack([contrastive.detach().float(), reconstruction.detach().float()]))
-    return StepResult(sums[0], sums[1], grad_norm)
+    return StepResult(sums[0], sums[1], grad_norm, applied)
 
 
 def losses_and_gradient(
@@ -77,24 +80,38 @@ def losses_and_gradient(
 
     Shares and gradients add up over the ranks to those of the one-process batch, whatever the micro-batches.
     """
-    slices = [slice(begin, begin + settings.micro_rows) for begin in range(0, len(batch), settings.micro_rows)]
-    micro_batches = [batch.select(rows) for rows in slices]
+    micros = micro_batches(batch, settings)
     with torch.no_grad():
-        features_MPFs = [backbone(micro.images_BCHW) for micro in micro_batches]
-    if len(slices) > 1:
-        return _two_passes(engine, features_MPFs, micro_batches, slices, batch, step, settings)
-    output = _forward(engine, features_MPFs[0], batch, step, settings)
-    contrastive = _contrastive(output.slot_embeddings_BNE, output.primitive_embeddings_BTE, batch, settings)
+        features_MPFs = [features_of(micro, backbone) for micro in micros]
+    if len(micros) > 1:
+        return _two_passes(engine, features_MPFs, micros, batch, step, settings)
+    output = forward(engine, features_MPFs[0], batch, step, settings)
+    contrastive = _contrastive(
+        output.slot_embeddings_BNE, output.primitive_embeddings_BTE, output.tau_1, batch, settings
+    )
     reconstruction = _reconstruction(output, batch, features_MPFs[0], settings)
     engine.backward(contrastive + settings.loss.beta * reconstruction, last=True)
     return contrastive, reconstruction
 
 
+def features_of(batch: Batch, backbone: Features) -> torch.Tensor:
+    """A batch's features_BPF, float32: those that it brings from a feature store, else the backbone's of its images."""
+    if batch.features_BPF is None:
+        return backbone(batch.images_BCHW)
+    return unpack(batch.features_BPF, batch.feature_scales_BP)
+
+
+def micro_batches(batch: Batch, settings: StepSettings) -> list[Batch]:
+    """A rank's rows in portions of M."""
+    return [
+        batch.select(slice(begin, begin + settings.micro_rows)) for begin in range(0, len(batch), settings.micro_rows)
+    ]
+
+
 def _two_passes(
     engine: Differentiated,
     features_MPFs: list[torch.Tensor],
-    micro_batches: list[Batch],
-    slices: list[slice],
+    micros: list[Batch],
     batch: Batch,
     step: int,
     settings: StepSettings,
@@ -102,41 +119,46 @@ def _two_passes(
     """`losses_and_gradient` by several micro-batches."""
     with torch.no_grad():
         first = [
-            _forward(engine, features_MPF, micro, step, settings)
-            for features_MPF, micro in zip(features_MPFs, micro_batches, strict=True)
+            forward(engine, features_MPF, micro, step, settings)
+            for features_MPF, micro in zip(features_MPFs, micros, strict=True)
         ]
     # Leaves: the loss's gradient stops here and is carried on below.
     slots_RNE = torch.cat([output.slot_embeddings_BNE for output in first]).requires_grad_()
     primitives_RTE = torch.cat([output.primitive_embeddings_BTE for output in first]).requires_grad_()
-    contrastive = _contrastive(slots_RNE, primitives_RTE, batch, settings)
+    tau_1 = first[0].tau_1.clone().requires_grad_()
+    contrastive = _contrastive(slots_RNE, primitives_RTE, tau_1, batch, settings)
     contrastive.backward()
     assert slots_RNE.grad is not None
     assert primitives_RTE.grad is not None
+    assert tau_1.grad is not None
     reconstruction = torch.zeros_like(contrastive)
-    for rows, features_MPF, micro in zip(slices, features_MPFs, micro_batches, strict=True):
-        output = _forward(engine, features_MPF, micro, step, settings)
+    grads = zip(slots_RNE.grad.split(settings.micro_rows), primitives_RTE.grad.split(settings.micro_rows), strict=True)
+    for features_MPF, micro, (slots_grad_MNE, primitives_grad_MTE) in zip(features_MPFs, micros, grads, strict=True):
+        output = forward(engine, features_MPF, micro, step, settings)
         part = _reconstruction(output, micro, features_MPF, settings)
         # The gradient of <z, g> by the parameters is that of the loss where g is the loss's gradient by z.
-        carrier = (output.slot_embeddings_BNE * slots_RNE.grad[rows]).sum()
-        carrier = carrier + (output.primitive_embeddings_BTE * primitives_RTE.grad[rows]).sum()
-        engine.backward(carrier.float() + settings.loss.beta * part, last=micro is micro_batches[-1])
+        carrier = (output.slot_embeddings_BNE * slots_grad_MNE).sum()
+        carrier = carrier + (output.primitive_embeddings_BTE * primitives_grad_MTE).sum()
+        carrier = carrier + (output.tau_1 * tau_1.grad).sum() / len(micros)  # all micro-batches have the same
+        engine.backward(carrier.float() + settings.loss.beta * part, last=micro is micros[-1])
         reconstruction = reconstruction + part.detach()
     return contrastive, reconstruction
 
 
-def _forward(
+def forward(
     engine: Differentiated, features_MPF: torch.Tensor, batch: Batch, step: int, settings: StepSettings
 ) -> Output:
+    """The model over some rows, with the noise of a step."""
     noise = KeyedNoise(settings.seed, step, batch.sample_ids_B)
     return engine.forward(features_MPF, batch.labels_BT3, batch.positions_BT3, batch.objects_BT, noise)
 
 
 def _contrastive(
-    slots_RNE: torch.Tensor, primitives_RTE: torch.Tensor, batch: Batch, settings: StepSettings
+    slots_RNE: torch.Tensor, primitives_RTE: torch.Tensor, tau_1: torch.Tensor, batch: Batch, settings: StepSettings
 ) -> torch.Tensor:
     """This rank's share of the contrastive loss: shares add up over the ranks."""
     rows = Rows(slots_RNE, primitives_RTE, batch.objects_BT, batch.sample_ids_B, batch.rows_B)
-    total = contrastive_sum(rows, gather_rows, settings.rank, settings.loss.tau, settings.loss.score)
+    total = contrastive_sum(rows, gather_rows, settings.rank, tau_1, settings.loss.score)
     return total / settings.batch_size
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -26,19 +26,20 @@ from launch import runfolder
 from launch.config import TrainConfig, check
 from launch.display import training_display
 from launch.meter import Meter
-from launch.pictures import mask_sheet
+from launch.nonfinite import is_broken, report, suspects, write_report
+from launch.pictures import mask_sheet, pictures
 from launch.prepare import DEEPSPEED_CONFIG, Parts, begin, prepare
 from launch.readings import Readings
-from launch.resume import Progress, checkpoint_facts
+from launch.resume import Progress, checkpoint_facts, is_better
 from launch.schedule import Plateau, after_validation, learning_rate
-from launch.step import StepSettings, training_step
+from launch.step import StepResult, StepSettings, training_step
 from launch.validation import validate
 from nsi.batch import Batch
 from nsi.errors import UserError
+from nsi.reference_names import SLOT_ENCODER
 from shards.loading.feed import on_device
 from shards.loading.loader import refuse_faults, training_batches, whole_split
 from shards.loading.prefetch import prefetching
-from shards.loading.rows import SceneShape
 from shards.loading.workers import DataWorkers, open_workers
 from shards.order import Order, rows_per_rank
 
@@ -128,9 +129,11 @@ class Trainer:
             config.optim.grad_clip,
             config.optim.weight_decay,
             DEEPSPEED_CONFIG,
+            SLOT_ENCODER if config.optim.clip_scope == "slot_encoder" else (),
         )
         self.now = Progress(0, Plateau(), {})
         self._saved_step = -1
+        self._broken_steps = 0  # in a row, up to now
         if restored := parts.restored:
             self._engine.restore(restored.training)
             self.now = Progress(restored.step, Plateau(**restored.facts["plateau"]), dict(restored.facts["best"]))
@@ -142,11 +145,11 @@ class Trainer:
 
     def run(self, stop: StopRequest) -> bool:
         """Trains to the end, or to the step at which any rank was asked to stop; returns whether it was the end."""
-        config, now, order = self._config, self.now, self._parts.order
+        config, now, order, world = self._config, self.now, self._parts.order, self._world
         total = total_steps(config, order)
         validate_every = config.watch.validate_every or max(1, round(order.samples / config.optim.batch_size))
         read = training_batches(
-            self._parts.train, order, _shape(config), self._world.rank, self._world.size, now.step, self._workers
+            self._parts.train_rows, order, self._parts.shape, world.rank, world.size, now.step, self._workers
         )
         meter = Meter()
         stopped = False
@@ -154,7 +157,7 @@ class Trainer:
         with (
             contextlib.closing(self._saver),
             contextlib.closing(read),
-            prefetching(self._parts.train, order, now.step, self._world.rank, self._world.size) as prefetch,
+            prefetching(self._parts.train_rows, order, now.step, world.rank, world.size) as prefetch,
         ):
             batches = on_device(read if config.data.on_bad_sample == "skip" else map(refuse_faults, read), self._device)
             while now.step < total and not stopped:
@@ -165,16 +168,16 @@ class Trainer:
                 with meter.stepping():
                     result = training_step(self._engine, self._backbone, batch, now.step, lr, self._settings)
                 now.step += 1
-                broken = not result.is_finite()
-                if now.step % config.watch.log_every == 0 or now.step == total or broken:
+                self._broken_steps = self._broken_steps + 1 if is_broken(result, config.engine.precision) else 0
+                too_many = self._broken_steps > config.watch.nonfinite_limit
+                meter.count(result, broken=self._broken_steps > 0)
+                if now.step % config.watch.log_every == 0 or now.step == total or too_many:
                     self._flush_readings()
-                    self._log.emit(meter.event(now.step, lr, result, config, order, self._world.size))
-                if broken:  # the watchers have been told; the state must not reach a checkpoint
-                    raise UserError(
-                        f"step {now.step}: the loss or its gradient is not a number any more; start a fresh --log_path "
-                        "with a lower --lr or more --lr_warmup_steps"
-                    )
-                if now.step % validate_every == 0 or now.step == total:
+                    scale = self._engine.loss_scale
+                    self._log.emit(meter.event(now.step, lr, result, config, order, self._world.size, scale))
+                if too_many:
+                    self._stop_broken(batch, result)
+                if (now.step % validate_every == 0 or now.step == total) and not self._broken_steps:
                     self._validate()
                 if now.step % config.watch.checkpoint_every == 0:
                     self._save()
@@ -193,7 +196,7 @@ class Trainer:
         config, now, world = self._config, self.now, self._world
         t0 = time.time()
         batches = whole_split(
-            self._parts.val, _shape(config), config.optim.batch_size, world.rank, world.size, self._workers
+            self._parts.val_rows, self._parts.shape, config.optim.batch_size, world.rank, world.size, self._workers
         )
         faults: list[str] = []
 
@@ -207,13 +210,27 @@ class Trainer:
             self._tell_of_bad_samples(faults)
         figures = share(found.figures)
         now.plateau = after_validation(now.plateau, config.optim, now.step, figures["loss"])
-        if self._board is not None:
-            sheet_3HW = mask_sheet(found.images_BCHW, found.alphas_BNP, self._backbone.grid)
+        if self._board is not None and len(found.sample_ids_B):
+            images_BCHW = pictures(self._parts.val, found.sample_ids_B.tolist(), config.data.image_size)
+            sheet_3HW = mask_sheet(images_BCHW, found.alphas_BNP, self._backbone.grid)
             self._board.add_image("validation/slots", sheet_3HW, now.step)
         self._log.emit(Event("validation", now.step, t0, time.time(), figures))
-        if not now.best or figures["R@5"] > now.best["R@5"]:
-            now.best = {"step": now.step, "R@5": figures["R@5"]}
+        if is_better(figures, now.best, config.watch.select_by):
+            now.best = {"step": now.step, "R@5": figures["R@5"], "loss": figures["loss"]}
             self._save()
+
+    def _stop_broken(self, batch: Batch, result: StepResult) -> NoReturn:
+        """Ends a run whose numbers are none any more, with a report. The watchers have been told."""
+        step = self.now.step
+        found = report(self._engine, self._backbone, batch, step - 1, self._settings, result)
+        path = self._config.log_path / f"{runfolder.NONFINITE}-{step:08d}.json"
+        if self._world.rank == 0:
+            write_report(path, found)
+        raise UserError(
+            f"step {step}: the loss or its gradient is not a finite number, {self._broken_steps} steps in a row; "
+            f"{suspects(found)}; {path} has the largest values. "
+            "Start a fresh --log_path with a lower --lr or more --lr_warmup_steps"
+        )
 
     def _flush_readings(self) -> None:
         """Brings the ledger up to date, and tells of damaged scenes."""
@@ -225,16 +242,17 @@ class Trainer:
         self._log.emit(Event("bad_samples", self.now.step, time.time(), time.time(), facts))
 
     def _save(self) -> None:
-        """Hands the whole state to the writer, unless this step has been saved."""
+        """Hands the whole state to the writer, unless this step has been saved, or may be the weights' fault."""
         now = self.now
-        if now.step == self._saved_step:
+        if now.step == self._saved_step or self._broken_steps:
             return
         t0 = time.time()
         self._flush_readings()
         self._readings.sync()  # before the checkpoint, so that none outruns the ledger
         state = self._engine.state()
         if self._world.rank == 0:
-            facts = checkpoint_facts(self._config, self._parts.train.manifest, self._parts.backbone_hash, now)
+            manifest, backbone_hash = self._parts.train.manifest, self._parts.backbone_hash
+            facts = checkpoint_facts(self._config, manifest.fingerprint, manifest.vocabulary, backbone_hash, now)
             keep = frozenset({int(now.best["step"])} if now.best else ())
             self._saver.submit(Checkpoint(now.step, self._attempt.number, state, facts), keep)
         self._saved_step = now.step
@@ -244,10 +262,6 @@ class Trainer:
 def total_steps(config: TrainConfig, order: Order) -> int:
     """Where training ends: --max_steps, or so many steps as --epochs take."""
     return config.optim.max_steps or math.ceil(config.optim.epochs * order.samples / config.optim.batch_size)
-
-
-def _shape(config: TrainConfig) -> SceneShape:
-    return SceneShape(config.data.image_size, config.data.max_program_len)
 
 
 def _say_where(run: Path, finished: bool, stop: StopRequest) -> None:

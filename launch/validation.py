@@ -13,7 +13,7 @@ import torch
 
 from cluster.collectives import collect, gather_rows, sum_over_ranks
 from cluster.engine import Engine
-from launch.step import StepSettings
+from launch.step import StepSettings, features_of
 from nsi.backbone import Backbone
 from nsi.batch import Batch
 from nsi.loss import Rows, contrastive_sum
@@ -30,7 +30,7 @@ class Validation:
     """The figures of one validation, and the first scenes with their masks for a picture (rank 0)."""
 
     figures: dict[str, float]
-    images_BCHW: torch.Tensor
+    sample_ids_B: torch.Tensor
     alphas_BNP: torch.Tensor
 
 
@@ -44,7 +44,7 @@ def validate(engine: Engine, backbone: Backbone, batches: Iterable[Batch], setti
     with torch.no_grad():
         for cpu_batch in batches:
             batch = cpu_batch.to(_device(backbone, engine))
-            features_BPF = backbone(batch.images_BCHW)
+            features_BPF = features_of(batch, backbone)
             noise = KeyedNoise(settings.seed, VALIDATION_STEP, batch.sample_ids_B)
             output = engine.forward(features_BPF, batch.labels_BT3, batch.positions_BT3, batch.objects_BT, noise)
             rows = Rows(
@@ -54,7 +54,7 @@ def validate(engine: Engine, backbone: Backbone, batches: Iterable[Batch], setti
                 batch.sample_ids_B,
                 batch.rows_B,
             )
-            contrastive = contrastive_sum(rows, gather_rows, settings.rank, settings.loss.tau, settings.loss.score)
+            contrastive = contrastive_sum(rows, gather_rows, settings.rank, output.tau_1, settings.loss.score)
             error = output.squared_error_B.masked_fill(~batch.rows_B, 0.0).sum()
             if settings.loss.reconstruction == "mean":
                 error = error / features_BPF.shape[-1]
@@ -62,7 +62,8 @@ def validate(engine: Engine, backbone: Backbone, batches: Iterable[Batch], setti
             kept.append(Rows(*(tensor[batch.rows_B].cpu() for tensor in rows)))
             labels.append((cpu_batch.labels_BT3[cpu_batch.rows_B], cpu_batch.positions_BT3[cpu_batch.rows_B]))
             if shown is None:
-                shown = (cpu_batch.images_BCHW[:SCENES_SHOWN].clone(), output.alphas_BNP[:SCENES_SHOWN].float().cpu())
+                first_B = batch.rows_B.nonzero()[:SCENES_SHOWN, 0]
+                shown = (batch.sample_ids_B[first_B].cpu(), output.alphas_BNP[first_B].float().cpu())
     engine.train()
     assert shown is not None
     contrastive_sum_all, reconstruction_sum, scenes = sum_over_ranks(sums_3).tolist()

@@ -44,15 +44,26 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
 
+def absent_backbone(grid: tuple[int, int], feature_dim: int) -> Backbone:
+    """What stands for a backbone whose features were stored: it has their shape, and no images are given to it."""
+    backbone = Backbone()
+    backbone.grid, backbone.feature_dim = grid, feature_dim
+    return backbone
+
+
 def build_backbone(
-    name: str, image_size: int, state_dict: Mapping[str, Tensor] | None = None, patch_size: int = 8
+    name: str,
+    image_size: int,
+    state_dict: Mapping[str, Tensor] | None = None,
+    patch_size: int = 8,
+    normalize: bool = True,
 ) -> Backbone:
     """`PatchStatistics` for the name "dct", else the timm ViT of that name. UserError where that can't be.
 
-    patch_size is that of "dct" alone: a ViT brings its own.
+    patch_size is that of "dct" alone: a ViT brings its own. So is normalize a ViT's alone: "dct" has its own scale.
     """
     if name != DCT:
-        return TimmBackbone(name, image_size, state_dict)
+        return TimmBackbone(name, image_size, state_dict, normalize)
     if state_dict is not None:
         raise UserError("the backbone 'dct' has no weights to load")
     return PatchStatistics(image_size, patch_size)
@@ -122,13 +133,16 @@ class TimmBackbone(Backbone):
 
     Weights come from `state_dict` (timm's names; a classifier is passed over, position embeddings of another grid
     are resampled), else they are random: nothing is downloaded. Images are normalised with the mean and standard
-    deviation of the named weights. UserError: a name unknown to timm, a model without patch tokens, an image_size
-    that the patch size doesn't divide, weights that don't fit.
+    deviation of the named weights, or left in [0, 1] without `normalize`, as in the public code. UserError: a name
+    unknown to timm, a model without patch tokens, an image_size that the patch size doesn't divide, weights that
+    don't fit.
     """
 
     model: Any  # timm's models share forward_features and patch_embed, but no type that says so
 
-    def __init__(self, name: str, image_size: int, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, name: str, image_size: int, state_dict: Mapping[str, Tensor] | None = None, normalize: bool = True
+    ) -> None:
         super().__init__()
         import timm  # 2.6 s, and the backbone "dct" does without
         from timm.data.config import resolve_model_data_config
@@ -153,8 +167,9 @@ class TimmBackbone(Backbone):
             _load(self.model, name, state_dict, self.grid)
 
         norms = resolve_model_data_config(self.model)
-        self.register_buffer("mean_C11", torch.tensor(norms["mean"], dtype=torch.float32).view(3, 1, 1))
-        self.register_buffer("std_C11", torch.tensor(norms["std"], dtype=torch.float32).view(3, 1, 1))
+        mean, std = (norms["mean"], norms["std"]) if normalize else ((0.0,) * 3, (1.0,) * 3)
+        self.register_buffer("mean_C11", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
+        self.register_buffer("std_C11", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
         self.requires_grad_(False)
         self.train(False)
         with torch.no_grad():

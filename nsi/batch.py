@@ -1,7 +1,7 @@
 """One batch of scenes, as every room passes it on.
 
-Shapes: B rows, T objects (padded), H x W pixels. A rank's share of a global batch may have fewer scenes
-than rows; a row without a scene has `rows_B` False, sample id -1 and zeros elsewhere.
+Shapes: B rows, T objects (padded), H x W pixels, P patches, F features. A rank's share of a global batch may have
+fewer scenes than rows; a row without a scene has `rows_B` False, sample id -1 and zeros elsewhere.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ class Batch:
 
     sample_ids_B: torch.Tensor  # int64, -1 where the row is empty
     rows_B: torch.Tensor  # bool, True where the row holds a scene
-    images_BCHW: torch.Tensor  # uint8 RGB
+    images_BCHW: torch.Tensor  # uint8 RGB; no pixels where the rows hold stored features
     labels_BT3: torch.Tensor  # int64 ids: size, shape, material
     positions_BT3: torch.Tensor  # float32 metres
     objects_BT: torch.Tensor  # bool, True where an object is real
     keys: tuple[str, ...]  # the scenes' keys as READ from the shards, "" where the row is empty
     digests: tuple[int, ...] = ()  # 64 bits over what was READ of each row's scene, 0 where the row is empty
     faults: tuple[Fault, ...] = ()
+    features_BPF: torch.Tensor | None = None  # the images' patch features from a store: bfloat16, or int8 ...
+    feature_scales_BP: torch.Tensor | None = None  # ... with what to multiply each patch by, float32
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

@@ -9,7 +9,7 @@ Shapes: B rows, P patches, F features, N slots, D slot width, T objects (padded)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from nsi.decoder import BroadcastDecoder
 from nsi.embedding_head import EmbeddingHead
 from nsi.errors import UsageError
+from nsi.layers import Activation, wide
 from nsi.noise import KeyedNoise
 from nsi.schema_encoder import SchemaEncoder
-from nsi.slot_attention import SlotAttention
+from nsi.slot_attention import SlotAttention, SlotStart
+
+LOWEST_TAU = 0.01  # of a learned temperature: below it the loss hangs on single scores
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,28 @@ class ModelConfig:
     """Without effect: the public code takes this flag and uses it nowhere; kept so that its commands work."""
     attend_padding: bool = False
     """Let the schema encoder attend to padding as if it were objects, as the public code does."""
+    padding_labels: tuple[int, int, int] = (0, 0, 0)
+    """Ids of size, shape and material of the objects that padding is with --attend_padding. In the public code they are
+    its 0, 0, 0, which `nsi import-reference` turns into ours."""
     position_std: float = 0.02
     """Standard deviation of the decoder's position table at the start (1.0 in the public code)."""
     position_dims: Literal[2, 3] = 3
     """Coordinates of a position that the schema encoder sees: 3 for x, y, z; 2 for x, y (z tells the size)."""
+    slot_start: SlotStart = "noise"
+    """Where slots start: drawn from one learned Gaussian, or each at a learned place of its own (Jia et al. 2023)."""
+    bilevel: bool = False
+    """Gradient through the last iteration of slot attention alone (Chang et al. 2022, Jia et al. 2023)."""
+    activation: Activation = "relu"
+    """Of all hidden layers: relu, as in the public code, or silu."""
+    learned_tau: bool = False
+    """Learn the temperature, beginning at --tau and not below 0.01 (Radford et al. 2021, CLIP)."""
 
     def __post_init__(self) -> None:
-        may_be_zero = ("num_blocks", "dropout", "schema_dropout", "attend_padding", "position_std")
+        may_be_zero = ("num_blocks", "dropout", "schema_dropout", "position_std")
         for name, value in vars(self).items():
-            if value < 0 or (value == 0 and name not in may_be_zero):
+            if isinstance(value, (bool, str, tuple)):
+                continue
+            if not value >= 0 or (value == 0 and name not in may_be_zero):
                 raise UsageError(f"--{name} {value}: must be {'at least' if name in may_be_zero else 'above'} 0")
         for width, heads in (("slot_dim", "num_slot_heads"), ("d_model", "num_heads")):
             if getattr(self, width) % getattr(self, heads):
@@ -72,8 +88,10 @@ class ModelConfig:
         for name in ("dropout", "schema_dropout"):
             if getattr(self, name) >= 1:
                 raise UsageError(f"--{name} {getattr(self, name)}: must be below 1")
-        if self.position_dims not in (2, 3):
-            raise UsageError(f"--position_dims {self.position_dims}: 2 or 3")
+        choices_of = {"position_dims": (2, 3), "slot_start": get_args(SlotStart), "activation": get_args(Activation)}
+        for name, choices in choices_of.items():
+            if getattr(self, name) not in choices:
+                raise UsageError(f"--{name} {getattr(self, name)}: {' or '.join(map(str, choices))}")
 
 
 class Output(NamedTuple):
@@ -85,6 +103,7 @@ class Output(NamedTuple):
     alphas_BNP: Tensor  # the decoder's masks; they sum to 1 over the slots
     attention_BNP: Tensor  # slot attention's own masks, of its last iteration; they sum to 1 over the slots
     squared_error_B: Tensor  # of the reconstruction: summed over F, mean over P; float32 at the least
+    tau_1: Tensor  # the temperature of the contrastive loss, learned or not
 
 
 class NeuralSlotInterpreter(nn.Module):
@@ -92,14 +111,32 @@ class NeuralSlotInterpreter(nn.Module):
     every parameter takes part in every forward (ZeRO 3 waits for ever for one that doesn't)."""
 
     def __init__(
-        self, config: ModelConfig, feature_dim: int, num_patches: int, vocabulary_counts: tuple[int, int, int]
+        self,
+        config: ModelConfig,
+        feature_dim: int,
+        num_patches: int,
+        vocabulary_counts: tuple[int, int, int],
+        tau: float = 0.1,
+        recompute: bool = False,
     ) -> None:
+        """`tau` is the temperature, or where it begins if it is learned. `recompute`: the decoder keeps none of its
+        hidden layers for the backward."""
         super().__init__()
-        self.config = config
+        self.config, self.tau = config, tau
         self.slot_attention = SlotAttention(
-            feature_dim, config.slot_dim, config.mlp_hidden_size, config.num_iterations, config.num_slot_heads
+            feature_dim,
+            config.slot_dim,
+            config.mlp_hidden_size,
+            config.num_iterations,
+            config.num_slot_heads,
+            config.num_slots,
+            config.slot_start,
+            config.bilevel,
+            config.activation,
         )
-        self.slot_head = EmbeddingHead(config.slot_dim, config.embed_dim, config.dropout, stream="slot_embedding")
+        self.slot_head = EmbeddingHead(
+            config.slot_dim, config.embed_dim, config.dropout, "slot_embedding", config.activation
+        )
         self.decoder = BroadcastDecoder(
             config.slot_dim,
             feature_dim,
@@ -107,6 +144,8 @@ class NeuralSlotInterpreter(nn.Module):
             config.decoder_hidden_dim,
             config.decoder_depth,
             config.position_std,
+            config.activation,
+            recompute,
         )
         self.schema_encoder = SchemaEncoder(
             vocabulary_counts,
@@ -118,7 +157,12 @@ class NeuralSlotInterpreter(nn.Module):
             head_dropout=config.dropout,
             attend_padding=config.attend_padding,
             position_dims=config.position_dims,
+            activation=config.activation,
+            padding_labels=config.padding_labels,
         )
+        if config.learned_tau:
+            # Of the change, which begins at 0: bfloat16 is finest there. (1,), since DeepSpeed takes no 0-d parameter.
+            self.log_tau_change_1 = nn.Parameter(torch.zeros(1))
 
     def forward(
         self, features_BPF: Tensor, labels_BT3: Tensor, positions_BT3: Tensor, objects_BT: Tensor, noise: KeyedNoise
@@ -126,22 +170,29 @@ class NeuralSlotInterpreter(nn.Module):
         """One pass over both sides of B scenes. Rows never mix. Features and positions of any float dtype."""
         # DeepSpeed's bf16 casts parameters, not what comes in; a parameter knows its dtype even where ZeRO 3 has
         # left it without values.
-        features_BPF = features_BPF.to(next(self.parameters()).dtype)
+        dtype = next(self.parameters()).dtype
         noise_BND = noise.normal("slots", (self.config.num_slots, self.config.slot_dim))
-        slots_BND, attention_BNP = self.slot_attention(features_BPF, noise_BND)
-        reconstruction_BPF, alphas_BNP = self.decoder(slots_BND)
+        slots_BND, attention_BNP = self.slot_attention(features_BPF.to(dtype), noise_BND)
+        reconstruction_BPF, alphas_BNP = self.decoder(slots_BND.to(dtype))
         primitive_embeddings_BTE, _ = self.schema_encoder(labels_BT3, positions_BT3, objects_BT, noise)
+        slot_embeddings_BNE = self.slot_head(slots_BND, noise)
         return Output(
             slots_BND=slots_BND,
-            slot_embeddings_BNE=self.slot_head(slots_BND, noise),
+            slot_embeddings_BNE=slot_embeddings_BNE,
             primitive_embeddings_BTE=primitive_embeddings_BTE,
             alphas_BNP=alphas_BNP,
             attention_BNP=attention_BNP,
             squared_error_B=squared_error(reconstruction_BPF, features_BPF),
+            tau_1=self._tau(slot_embeddings_BNE),
         )
+
+    def _tau(self, like: Tensor) -> Tensor:
+        """tau_1 in the dtype and on the device of another tensor."""
+        if not self.config.learned_tau:
+            return like.new_full((1,), self.tau)
+        return (self.tau * wide(self.log_tau_change_1).exp()).clamp(min=min(self.tau, LOWEST_TAU)).to(like.dtype)
 
 
 def squared_error(reconstruction_BPF: Tensor, features_BPF: Tensor) -> Tensor:
     """squared_error_B: squared differences summed over F, mean over P; in float32 or float64."""
-    dtype = torch.promote_types(features_BPF.dtype, torch.float32)
-    return (reconstruction_BPF.to(dtype) - features_BPF.to(dtype)).square().sum(dim=-1).mean(dim=-1)
+    return (wide(reconstruction_BPF) - wide(features_BPF)).square().sum(dim=-1).mean(dim=-1)

@@ -25,7 +25,7 @@ from shards.order import BLOCK_SHARDS
 
 MAPS_KEPT = 64  # shards that a data worker keeps mapped
 INDEXES_KEPT = 128  # that a rank keeps in memory
-MANIFEST_BYTES = 80  # of a shard in memory: two counts and two checksums
+MANIFEST_BYTES = 64  # of a shard in memory: two counts and two checksums
 ORDER_BYTES = 89  # of a shard in memory: where it begins, twice, and three columns of each of the three epochs kept
 INDEX_RECORD_BYTES = 96  # of a sample: three members of 24 bytes, and a key of about as many letters
 INDEX_HEADER_BYTES = 320

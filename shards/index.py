@@ -2,7 +2,7 @@
 
 One .npy file of fixed-size records, sorted as the samples lie in the tar, so that it can be memory-mapped and
 a sample found without reading anything else. Checksums are xxh3-64 of the member's bytes. A sample without a mask
-has a size of 0 there.
+has a size of 0 there. In a feature store the features made of an image have its place.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import xxhash
 
 from nsi.errors import UserError
 from shards import tar
+from shards.tokens import TOKENS_SUFFIX
 
 MEMBERS = ("image", "mask", "json")  # the members of a sample, as the index names them
 MASK_SUFFIX = "mask.png"
@@ -35,6 +36,9 @@ class MemberPlace(NamedTuple):
     xxh3: int
 
 
+_NOWHERE = MemberPlace(0, 0, 0)
+
+
 def index_path(tar_path: Path) -> Path:
     """`x.tar` has its index in `x.index.npy`."""
     return tar_path.with_suffix(INDEX_SUFFIX)
@@ -44,10 +48,9 @@ def make_index(samples: Mapping[str, Mapping[str, MemberPlace]]) -> np.ndarray:
     """The records of a tar's samples: key to member to place, in the tar's order."""
     width = max((len(key.encode()) for key in samples), default=1)
     records = np.zeros(len(samples), [("key", f"S{width}"), *((member, _MEMBER) for member in MEMBERS)])
-    for record, (key, members) in zip(records, samples.items(), strict=True):
-        record["key"] = key.encode()
-        for member, place in members.items():
-            record[member] = place
+    records["key"] = [key.encode() for key in samples]
+    for member in MEMBERS:
+        records[member] = [members.get(member, _NOWHERE) for members in samples.values()]
     return records
 
 
@@ -79,7 +82,7 @@ def member_of(suffix: str) -> str:
     """The member's name for what follows the key in a tar's file name ("mask.png" is the mask, "jpg" the image)."""
     if suffix in IMAGE_SUFFIXES:
         return "image"
-    return {MASK_SUFFIX: "mask", JSON_SUFFIX: "json"}.get(suffix, suffix)
+    return {MASK_SUFFIX: "mask", JSON_SUFFIX: "json", TOKENS_SUFFIX: "image"}.get(suffix, suffix)
 
 
 def index_bytes(records: np.ndarray) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from nsi.schema import LABELS, Primitive, Vocabulary
+from nsi.schema import Primitive, Vocabulary
 
 _SCENE = b',"scene":'  # cannot stand inside a JSON string, whose quotes are escaped
 
@@ -29,15 +29,18 @@ class SceneSchema:
 
 
 def label_places(vocabulary: Vocabulary) -> tuple[Mapping[str, int], ...]:
-    """Name to id, in the order of `LABELS`."""
+    """Name to id, in the order of `nsi.schema.LABELS`."""
     return tuple({name: place for place, name in enumerate(names)} for names in vocabulary.names())
 
 
 def encode_schema(raw: bytes, facts: Mapping[str, Any], key: str, places: Sequence[Mapping[str, int]]) -> bytes:
     """The member of a scene: `raw` is its own JSON, `facts` the same parsed, `places` those of the vocabulary."""
+    sizes, shapes, materials = places
     objects = [
         {
-            **{label: places[at][item[label]] for at, label in enumerate(LABELS)},
+            "size": sizes[item["size"]],
+            "shape": shapes[item["shape"]],
+            "material": materials[item["material"]],
             "position": item["3d_coords"],
         }
         for item in facts["objects"]

@@ -20,6 +20,7 @@ from shards.reading.dataset import index_name
 from shards.reading.sample import DECODING_ERRORS
 from shards.reading.storage import Storage
 from shards.schema_json import SceneSchema, decode_facts, decode_schema
+from shards.tokens import TokenShape, decode_tokens
 from shards.writing.target import UNFINISHED
 
 
@@ -31,7 +32,8 @@ def verify(storage: Storage, pool: Executor, report: Callable[[int], None]) -> l
     """
     data = storage.read(MANIFEST)
     manifest = parse_manifest(data, storage.where(MANIFEST))
-    facts = _Expected(manifest.image_size, manifest.mask_size, manifest.max_objects, manifest.vocabulary)
+    shape = manifest.features.shape if manifest.features else None
+    facts = _Expected(manifest.image_size, manifest.mask_size, manifest.max_objects, manifest.vocabulary, shape)
     jobs = [_Job(storage, shard, facts) for table in manifest.splits.values() for shard in table]
     faults = _strangers(storage, manifest)
     if data != manifest_bytes(manifest):  # a space that became a line's end, say
@@ -56,6 +58,7 @@ class _Expected(NamedTuple):
     mask_size: tuple[int, int] | None
     max_objects: int
     vocabulary: Vocabulary
+    features: TokenShape | None  # in the images' place
 
 
 class _Job(NamedTuple):
@@ -90,7 +93,7 @@ def _verify_shard(job: _Job) -> tuple[Shard, list[str], list[str]]:
         return shard, [], [f"{name}: is not the index that was written (sha256 differs from the manifest)"]
     records = parse_index(index, storage.where(index_name(shard.name)))
     faults = [] if len(records) == shard.samples else [_miscounted(where, len(records), shard)]
-    if hashlib.sha256(data).hexdigest() != shard.sha256:
+    if xxhash.xxh3_128_hexdigest(data) != shard.xxh3_128:
         faults += _damage(where, data, records, shard)
     else:
         faults += _misfits(where, data, records, storage)
@@ -124,7 +127,7 @@ def _miscounted(where: str, count: int, shard: Shard) -> str:
 
 def _damage(where: str, data: memoryview, records: np.ndarray, shard: Shard) -> list[str]:
     """Where a tar differs from what was written: its members, as far as they tell, else the bytes between them."""
-    faults = [f"{where}: its bytes are not those that were written (sha256 differs from the manifest)"]
+    faults = [f"{where}: its bytes are not those that were written (xxh3-128 differs from the manifest)"]
     if len(data) != shard.bytes:
         faults.append(f"{where}: has {len(data)} bytes, the manifest says {shard.bytes}")
     broken = [
@@ -154,9 +157,14 @@ def _member(data: memoryview, record: Any, member: str) -> bytes:
 
 def _sample_faults(key: str, members: dict[str, bytes], expected: _Expected) -> Iterator[str]:
     try:
-        yield from _size_fault("image", decode_image_frame(members["image"]), expected.image_size)
+        if expected.features:
+            tokens = decode_tokens(members["image"], expected.features)
+            if tokens.key != key:
+                yield f"the features are those of {tokens.key}"
+        else:
+            yield from _size_fault("image", decode_image_frame(members["image"]), expected.image_size)
     except DECODING_ERRORS as error:
-        yield f"the image cannot be decoded ({error})"
+        yield f"the {'features' if expected.features else 'image'} cannot be decoded ({error})"
     try:
         schema, facts = decode_schema(members["json"]), decode_facts(members["json"])
     except DECODING_ERRORS as error:

@@ -62,10 +62,16 @@ def whole_split(
 
     All ranks get equally many batches of `rows_per_rank(batch_size, world)` rows.
     """
-    batch_shape = BatchShape(rows_per_rank(batch_size, world), shape)
     batches = (np.arange(first, min(first + batch_size, len(split))) for first in range(0, len(split), batch_size))
     ids = (ids_G[rank_rows(len(ids_G), rank, world)] for ids_G in batches)
-    return _prefetched(split, batch_shape, ids, workers, ahead)
+    return chosen_batches(split, shape, rows_per_rank(batch_size, world), ids, workers, ahead)
+
+
+def chosen_batches(
+    split: Split, shape: SceneShape, rows: int, ids: Iterator[np.ndarray], workers: DataWorkers, ahead: int = 2
+) -> Generator[Batch, None, None]:
+    """A batch of so many rows for each of some lists of sample ids, (up to `rows`,) int64; rows beyond stay empty."""
+    return _prefetched(split, BatchShape(rows, shape), ids, workers, ahead)
 
 
 def rank_ids(order: Order, rank: int, world: int, start: int) -> Iterator[np.ndarray]:

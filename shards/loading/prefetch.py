@@ -72,4 +72,4 @@ def _fetch(split: Split, wanted: _Wanted) -> None:
         shard = split.table[number]
         # The worker that needs the shard meets the same trouble, and tells of it.
         with contextlib.suppress(Exception):
-            cache.get_if_free(split.storage, split.source.fingerprint, shard.name, shard.bytes, shard.sha256)
+            cache.get_if_free(split.storage, split.source.fingerprint, shard.name, shard.bytes, shard.xxh3_128)

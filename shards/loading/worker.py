@@ -55,24 +55,25 @@ class Filled(NamedTuple):
 def work(connection: Connection, handles: Connection) -> None:
     """Serves until the connection is closed. File descriptors come through `handles`."""
     sources: dict[int, tuple[Source, SpanReader]] = {}
-    memories: dict[int, Rows] = {}
+    memories: dict[int, tuple[Rows, int]] = {}
     while True:
         task = connection.recv()
         if isinstance(task, Open):
             sources[task.number] = task.source, task.source.reader()
         elif isinstance(task, Share):
-            memories[task.memory] = _map(recv_handle(handles), task.shape)
+            rows = _map(recv_handle(handles), task.shape)
+            memories[task.memory] = rows, task.shape.scene.squash_size
         else:
-            connection.send(_fill(task, memories[task.memory], *sources[task.source]))
+            connection.send(_fill(task, *memories[task.memory], *sources[task.source]))
 
 
-def _fill(task: Fill, rows: Rows, source: Source, reader: SpanReader) -> Filled:
+def _fill(task: Fill, rows: Rows, squash_size: int, source: Source, reader: SpanReader) -> Filled:
     read, faults = [], []
     try:
         spans = reader.read([sample.span for _, sample in task.samples])
         for (row, sample), data in zip(task.samples, spans, strict=True):
             try:
-                read.append((row, _fill_row(rows, row, sample, data, source, reader)))
+                read.append((row, _fill_row(rows, row, sample, data, squash_size, source, reader)))
             except UserError as error:
                 faults.append((row, sample.sample, sample.span.shard, sample.key, str(error)))
     except UserError as error:
@@ -83,14 +84,20 @@ def _fill(task: Fill, rows: Rows, source: Source, reader: SpanReader) -> Filled:
 
 
 def _fill_row(
-    rows: Rows, row: int, sample: Sample, data: memoryview | bytes, source: Source, reader: SpanReader
+    rows: Rows,
+    row: int,
+    sample: Sample,
+    data: memoryview | bytes,
+    squash_size: int,
+    source: Source,
+    reader: SpanReader,
 ) -> Read:
     try:
-        return fill_row(rows, row, sample, data, source)
+        return fill_row(rows, row, sample, data, source, squash_size)
     except Damaged:
         if source.cache is None:
             raise
-        return fill_row(rows, row, sample, reader.read_anew(sample.span), source)
+        return fill_row(rows, row, sample, reader.read_anew(sample.span), source, squash_size)
 
 
 def _map(file: int, shape: BatchShape) -> Rows:

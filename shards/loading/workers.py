@@ -26,9 +26,10 @@ import torch
 
 from nsi.batch import Batch, Fault
 from nsi.errors import UserError
-from shards.loading.rows import EMPTY, BatchShape, Read, memory_size, rows_of
+from shards.loading.rows import EMPTY, BatchShape, Read, Rows, memory_size, rows_of
 from shards.loading.worker import Fill, Filled, Open, Share
 from shards.reading.dataset import Split
+from shards.tokens import TokenShape
 
 _ROWS_A_TASK = 64  # messages stay far below what a socket holds, so that neither side ever waits for the other to read
 # Schedulers and terminals signal every process of a job. What to do is training's business; workers end with it.
@@ -141,6 +142,7 @@ class DataWorkers:
             tuple(read.key for read in reads),
             tuple(read.digest for read in reads),
             tuple(sorted(order.faults)),
+            *_features(rows, shape.scene.tokens),
         )
 
     def _source(self, split: Split) -> int:
@@ -230,6 +232,16 @@ def open_workers(count: int, pin: bool = False) -> Iterator[DataWorkers]:
         workers = DataWorkers(processes, connections, handles, pin)
         starting.callback(workers.close)
         yield workers
+
+
+def _features(rows: Rows, shape: TokenShape | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """A batch's features and their scales, as `Batch` has them."""
+    if shape is None:
+        return None, None
+    stored_BPF = torch.from_numpy(rows.tokens_RPF)
+    if shape.storage == "bf16":
+        return stored_BPF.view(torch.bfloat16), None
+    return stored_BPF, torch.from_numpy(rows.scales_RP)
 
 
 def _start(*files: int) -> subprocess.Popen:

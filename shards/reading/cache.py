@@ -52,23 +52,25 @@ class ShardCache:
                 f"{self.folder}: a cache of {self.limit_bytes} bytes cannot hold {name}, of {size}; raise its limit"
             )
 
-    def get(self, storage: Storage, fingerprint: str, name: str, size: int, sha256: str) -> Path:
+    def get(self, storage: Storage, fingerprint: str, name: str, size: int, xxh3_128: str) -> Path:
         """A copy of a shard, downloaded where there is none; waits where another process is downloading it.
 
         Another process may evict the copy before it is opened: whoever finds it gone asks again.
         Raises UserError where the shard cannot be had, is not what the manifest says, or has no room.
         """
         while True:
-            path = self._get(storage, fingerprint, name, size, sha256, wait=True)
+            path = self._get(storage, fingerprint, name, size, xxh3_128, wait=True)
             if path is not None:
                 return path
             time.sleep(POLL_S)
 
-    def get_if_free(self, storage: Storage, fingerprint: str, name: str, size: int, sha256: str) -> Path | None:
+    def get_if_free(self, storage: Storage, fingerprint: str, name: str, size: int, xxh3_128: str) -> Path | None:
         """The same for a download ahead of need: None at once where another process holds the shard or the room."""
-        return self._get(storage, fingerprint, name, size, sha256, wait=False)
+        return self._get(storage, fingerprint, name, size, xxh3_128, wait=False)
 
-    def _get(self, storage: Storage, fingerprint: str, name: str, size: int, sha256: str, *, wait: bool) -> Path | None:
+    def _get(
+        self, storage: Storage, fingerprint: str, name: str, size: int, xxh3_128: str, *, wait: bool
+    ) -> Path | None:
         """The copy; None where its lock is not free (unless `wait`) or downloads under way leave it no room."""
         if not _NAME.fullmatch(name) or not _DATA_SET.fullmatch(fingerprint[:16]):
             raise UserError(f"{storage.where(name)}: not a name that a cache can keep; write the shards again")
@@ -83,11 +85,11 @@ class ShardCache:
                     return None
                 if _use(path, size):
                     return path  # another process downloaded it while this one waited
-                return self._download(storage, path, size, sha256)
+                return self._download(storage, path, size, xxh3_128)
         except OSError as error:
             raise UserError(f"{self.folder}: the cache cannot be used ({error}); use another folder") from None
 
-    def _download(self, storage: Storage, path: Path, size: int, sha256: str) -> Path | None:
+    def _download(self, storage: Storage, path: Path, size: int, xxh3_128: str) -> Path | None:
         """Downloads a shard whose lock is held. None where there is no room for now."""
         part = path.with_name(f"{path.name}.{size}.part")
         part.unlink(missing_ok=True)  # of a process that died
@@ -96,7 +98,7 @@ class ShardCache:
                 return None
             part.touch()  # reserves `size`, by its name
         try:
-            _fetch_verified(storage, path.name, part, sha256)
+            _fetch_verified(storage, path.name, part, xxh3_128)
             with _locked(self.folder / ROOM_LOCK):  # else one who counts might see neither name
                 part.rename(path)
                 _use(path, size)
@@ -159,15 +161,15 @@ def _use(path: Path, size: int) -> bool:
     return True
 
 
-def _fetch_verified(storage: Storage, name: str, part: Path, sha256: str) -> None:
+def _fetch_verified(storage: Storage, name: str, part: Path, xxh3_128: str) -> None:
     for tried in count(1):
         found = storage.fetch(name, part)
-        if found == sha256:
+        if found == xxh3_128:
             return
         if tried >= storage.retries.limit:
             raise UserError(
-                f"{storage.where(name)}: downloaded {tried} times, its sha256 is {found[:12]}..., "
-                f"the manifest says {sha256[:12]}...; copy the shard there again"
+                f"{storage.where(name)}: downloaded {tried} times, its xxh3-128 is {found[:12]}..., "
+                f"the manifest says {xxh3_128[:12]}...; copy the shard there again"
             )
         time.sleep(storage.retries.wait_s(tried))
 

@@ -47,7 +47,8 @@ class Split:
     """A split that is open for reading. Sample ids run over the shards in the manifest's order."""
 
     def __init__(self, storage: Storage, manifest: Manifest, name: str, cache: ShardCache | None) -> None:
-        self.source = Source(storage, cache, manifest.fingerprint)
+        shape = manifest.features.shape if manifest.features else None
+        self.source = Source(storage, cache, manifest.fingerprint, shape)
         self.storage, self.manifest, self.name = storage, manifest, name
         self.table: ShardTable = manifest.splits[name]
         self._begins_S1 = np.concatenate(([0], np.cumsum(self.table.samples_S)))
@@ -93,6 +94,17 @@ class Split:
         found = self.locate([sample])[0]
         (data,) = self._reader.read([found.span])
         return bytes(member_bytes(found, data, member, self.source))
+
+    def read_jsons(self, samples: Sequence[int] | np.ndarray) -> list[bytes]:
+        """The bytes of some samples' JSONs, and of nothing else. Raises UserError as `read` does."""
+        found = [
+            sample._replace(span=sample.span._replace(offset=sample.json.offset, size=sample.json.size))
+            for sample in self.locate(samples)
+        ]
+        data = self._reader.read([sample.span for sample in found])
+        return [
+            bytes(member_bytes(sample, part, "json", self.source)) for sample, part in zip(found, data, strict=True)
+        ]
 
     def decode(self, sample: int, member: str, decoder: Callable[[bytes], Decoded]) -> Decoded:
         """A member's bytes, decoded. Raises UserError with shard and key where they cannot be."""
@@ -169,9 +181,19 @@ def open_splits(location: str | Path, names: Sequence[str], cache: ShardCache | 
     """
     storage = open_storage(location)
     manifest = load_manifest(storage)
+    if manifest.features:
+        raise UserError(
+            f"{location}: a feature store; give it to --features, and the shards that it was made of as data"
+        )
+    return splits_of(storage, manifest, names, cache)
+
+
+def splits_of(storage: Storage, manifest: Manifest, names: Sequence[str], cache: ShardCache | None) -> list[Split]:
+    """Splits of shards whose manifest has been read. Raises UserError where there is no such split."""
     for name in names:
         if name not in manifest.splits:
-            raise UserError(f"{location}: has no split {name!r}; there are {', '.join(sorted(manifest.splits))}")
+            there = ", ".join(sorted(manifest.splits))
+            raise UserError(f"{storage.location}: has no split {name!r}; there are {there}")
     return [Split(storage, manifest, name, cache) for name in names]
 
 
@@ -191,7 +213,7 @@ def _samples(index: _Index, places_R: np.ndarray, ids: list[int]) -> Iterator[Sa
     keys, places = index.keys_K[places_R].tolist(), index.places_K9[places_R].tolist()
     for sample, key, numbers in zip(ids, keys, places, strict=True):
         image, mask, json = _place(numbers[:3]), _place(numbers[3:6]), _place(numbers[6:])
-        span = Span(shard.name, shard.bytes, shard.sha256, image.offset, json.offset + json.size - image.offset)
+        span = Span(shard.name, shard.bytes, shard.xxh3_128, image.offset, json.offset + json.size - image.offset)
         yield Sample(sample, key.decode(), span, image, mask, json)
 
 

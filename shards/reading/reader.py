@@ -19,7 +19,7 @@ class Span(NamedTuple):
 
     shard: str
     shard_bytes: int
-    sha256: str
+    xxh3_128: str
     offset: int
     size: int
 
@@ -95,7 +95,7 @@ class SpanReader:
     def _map_cached(self, span: Span) -> _Map:
         assert self._cache is not None
         for _ in range(self._storage.retries.limit):
-            path = self._cache.get(self._storage, self._fingerprint, span.shard, span.shard_bytes, span.sha256)
+            path = self._cache.get(self._storage, self._fingerprint, span.shard, span.shard_bytes, span.xxh3_128)
             with suppress(FileNotFoundError):  # evicted since
                 return _map(path, span.shard_bytes)
         raise UserError(

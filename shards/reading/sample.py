@@ -12,6 +12,7 @@ from shards.index import MemberPlace
 from shards.reading.cache import ShardCache
 from shards.reading.reader import Span, SpanReader
 from shards.reading.storage import Storage
+from shards.tokens import TokenShape
 
 DECODING_ERRORS = Exception  # what Pillow raises of damaged pictures depends on its plugins, and is no short list
 _digest = xxhash.xxh3_64_intdigest
@@ -27,7 +28,7 @@ class Sample(NamedTuple):
     sample: int  # its id: its place in the split
     key: str  # from the index
     span: Span
-    image: MemberPlace
+    image: MemberPlace  # in a feature store the features made of it
     mask: MemberPlace
     json: MemberPlace
 
@@ -39,6 +40,7 @@ class Source:
     storage: Storage
     cache: ShardCache | None
     fingerprint: str
+    features: TokenShape | None = None  # of a feature store's scenes
 
     def reader(self) -> SpanReader:
         """A reader of its shards, for one thread."""
@@ -47,6 +49,10 @@ class Source:
     def where(self, sample: Sample) -> str:
         """A sample's shard, for messages."""
         return self.storage.where(sample.span.shard)
+
+    def named(self, member: str) -> str:
+        """What a member is, for messages."""
+        return "features" if self.features and member == "image" else member
 
     def remedy(self) -> str:
         """What helps against damaged bytes, for messages."""
@@ -60,11 +66,11 @@ def member_bytes(sample: Sample, data: memoryview | bytes, member: str, source: 
     start = offset - sample.span.offset
     part = data[start : start + size]
     if size == 0:
-        raise UserError(f"{source.where(sample)}: {sample.key} has no {member}: its source had none")
+        raise UserError(f"{source.where(sample)}: {sample.key} has no {source.named(member)}: its source had none")
     if _digest(part) != xxh3:
         raise Damaged(
-            f"{source.where(sample)}: {member} of {sample.key} at offset {offset} does not have its checksum; "
-            f"{source.remedy()}"
+            f"{source.where(sample)}: {source.named(member)} of {sample.key} at offset {offset} does not have its "
+            f"checksum; {source.remedy()}"
         )
     return part
 
@@ -85,7 +91,12 @@ def training_bytes(
 def cannot_decode(sample: Sample, member: str, error: Exception, source: Source) -> str:
     """The message for a member whose bytes are those that were written, and yet no picture or JSON."""
     offset = getattr(sample, member).offset
+    advice = (
+        "write the store again with `nsi features`"
+        if source.features
+        else "it was so in the source: remove that scene there and shard again"
+    )
     return (
-        f"{source.where(sample)}: {member} of {sample.key} at offset {offset} cannot be decoded ({error}); "
-        "it was so in the source: remove that scene there and shard again"
+        f"{source.where(sample)}: {source.named(member)} of {sample.key} at offset {offset} cannot be decoded "
+        f"({error}); {advice}"
     )

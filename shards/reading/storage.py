@@ -5,13 +5,14 @@ A local folder is read here; what speaks to a server is `remote.py` beside it, i
 
 from __future__ import annotations
 
-import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
+
+import xxhash
 
 from nsi.errors import UserError
 
@@ -63,7 +64,7 @@ class Storage(ABC):
 
     @abstractmethod
     def fetch(self, name: str, target: Path) -> str:
-        """Copies a file of any size to `target`, synced, and returns the sha256 (hex) of the bytes that came."""
+        """Copies a file of any size to `target`, synced, and returns the xxh3-128 (hex) of the bytes that came."""
 
     @abstractmethod
     def sizes(self) -> dict[str, int] | None:
@@ -143,7 +144,7 @@ class HashedFile:
 
     def __init__(self, target: Path) -> None:
         self._target = target
-        self._digest = hashlib.sha256()
+        self._digest = xxhash.xxh3_128()
         try:
             self._file = target.open("wb", buffering=0)  # pieces are large, and a full disk shows at once
         except OSError as error:
@@ -165,7 +166,7 @@ class HashedFile:
             raise self._unwritable(error) from None
 
     def finish(self) -> str:
-        """Syncs the file. Returns the sha256 (hex) of all that was written."""
+        """Syncs the file. Returns the xxh3-128 (hex) of all that was written."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:

@@ -8,7 +8,9 @@ Names come from the JSON where it has them (v2) and from the JSON's own file nam
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,10 +26,10 @@ _PASSES = ("_depth_", "_albedo_", "_normal_", "_shadow_")  # rendered beside the
 
 
 class Folder(NamedTuple):
-    """The members of one folder, on disk or in an archive: file name to place."""
+    """The members of one folder, by file name: where they lie, or None for files in a folder on disk."""
 
     name: str
-    members: Mapping[str, Place]
+    members: Mapping[str, Place | None]
 
 
 class Names(NamedTuple):
@@ -55,10 +57,26 @@ def read_scenes(folders: Sequence[Folder]) -> tuple[list[Scene], Names]:
     """
     scenes, names = [], Names({}, {}, {})
     for folder in folders:
-        _check_no_orphans(folder)
-        for name in sorted(filter(is_scene_json, folder.members)):
-            scenes.append(_read_scene(name, folder.members, names))
+        members = places_in(folder)
+        _check_no_orphans(members)
+        for name in sorted(filter(is_scene_json, members)):
+            scenes.append(_read_scene(name, members, names))
     return scenes, names
+
+
+def places_in(folder: Folder) -> dict[str, Place]:
+    """The place of every member. Raises UserError for one that is no file or cannot be looked at."""
+    return {name: place or _place_of(f"{folder.name}/{name}") for name, place in folder.members.items()}
+
+
+def _place_of(path: str) -> Place:
+    try:
+        facts = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); restore the file or remove its scene") from None
+    if not stat.S_ISREG(facts.st_mode):  # reading a pipe would wait for ever
+        raise UserError(f"{path}: no plain file, though it has a scene's name; remove it")
+    return Place(path, 0, facts.st_size)
 
 
 def is_scene_picture(name: str) -> bool:
@@ -76,10 +94,10 @@ def merge_names(parts: Iterable[Names]) -> Names:
     return merged
 
 
-def _check_no_orphans(folder: Folder) -> None:
+def _check_no_orphans(members: Mapping[str, Place]) -> None:
     """Raises UserError for a picture whose JSON is missing: a scene must not get lost in silence."""
-    for name, place in folder.members.items():
-        if (match := _PICTURE.fullmatch(name)) and f"{match[1]}.json" not in folder.members:
+    for name, place in members.items():
+        if (match := _PICTURE.fullmatch(name)) and f"{match[1]}.json" not in members:
             raise UserError(
                 f"{describe(place, name)}: its {match[1]}.json is missing; fetch the scene again or remove it"
             )
@@ -95,9 +113,11 @@ def _read_scene(name: str, members: Mapping[str, Place], names: Names) -> Scene:
     data = read_place(place)
     facts = parse_facts(data, where)
     image, mask = _pictures(name.removesuffix(".json"), members, facts, where)
+    sizes, shapes, materials = names
     for item in facts["objects"]:
-        for seen, label in zip(names, ("size", "shape", "material"), strict=True):
-            seen.setdefault(item[label], where)
+        sizes.setdefault(item["size"], where)
+        shapes.setdefault(item["shape"], where)
+        materials.setdefault(item["material"], where)
     return Scene(
         name.removesuffix(".json"),
         facts["image_index"],

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 import os
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import orjson
@@ -17,6 +16,7 @@ from nsi.errors import UserError
 
 OBJECT_KEYS = ("shape", "size", "material", "3d_coords", "index")
 _FARTHEST = 1e6  # metres from the origin; scenes are 6 wide, and training has float32
+_NUMBERS = frozenset({float, int})
 _of_object = operator.itemgetter(*OBJECT_KEYS)
 JSON_LIMIT = 16 << 20  # bytes; CLEVRTex's are 10 KB
 PICTURE_LIMIT = 256 << 20  # bytes
@@ -40,12 +40,11 @@ class HdfRow(NamedTuple):
     size: int  # of its pixels as bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Scene:
+class Scene(NamedTuple):
     """What has to be known of a scene before any shard is written."""
 
     key: str
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]  # nobody asks a scene where it has some value
     json: Place | bytes
     image: Place | HdfRow
     mask: Place | None
@@ -74,19 +73,25 @@ def describe(place: Place, name: str) -> str:
 
 def read_place(place: Place) -> bytes:
     """The bytes of a place. Raises UserError where they cannot be read or are fewer than they were."""
+    data = bytearray(place.size)
+    read_into(place, memoryview(data))
+    return bytes(data)
+
+
+def read_into(place: Place, buffer: memoryview) -> None:
+    """Reads the bytes of a place into a buffer of its size. Raises UserError as `read_place` does."""
     try:
         file = os.open(place.path, os.O_RDONLY)
         try:
-            data = os.pread(file, place.size, place.offset)
+            count = os.preadv(file, [buffer], place.offset)
         finally:
             os.close(file)
     except OSError as error:
         raise UserError(
             f"{place.path}: cannot be read ({error.strerror}); restore the file or remove its scene"
         ) from None
-    if len(data) != place.size:
+    if count != place.size:
         raise UserError(f"{place.path}: was {place.size} bytes long and is shorter now; do not change it meanwhile")
-    return data
 
 
 def parse_facts(data: bytes, where: str) -> dict[str, Any]:
@@ -124,7 +129,7 @@ def _check_object(item: Any, place: int, scene: str) -> None:
         raise
     if not (type(shape) is type(size) is type(material) is str):
         raise UserError(f"{scene}: objects[{place}]: shape, size and material must be names")
-    if type(coords) is not list or len(coords) != 3 or not all(map(_finite, coords)):
+    if type(coords) is not list or len(coords) != 3 or not all(map(_is_finite, coords)):
         raise UserError(f"{scene}: objects[{place}]: 3d_coords is {coords!r}, not three finite numbers")
     # Mask ids are object indices, so schema row k - 1 must be object k.
     if index != place + 1:
@@ -137,5 +142,5 @@ def _require(record: dict[str, Any], keys: tuple[str, ...], where: object) -> No
             raise UserError(f"{where}: the key {key!r} is missing; fetch the scene again or remove it")
 
 
-def _finite(value: object) -> bool:
-    return type(value) in (float, int) and abs(value) <= _FARTHEST  # type: ignore[arg-type]  # false for NaN
+def _is_finite(value: object) -> bool:
+    return type(value) in _NUMBERS and -_FARTHEST <= value <= _FARTHEST  # type: ignore[operator]  # false for NaN

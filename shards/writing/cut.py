@@ -36,14 +36,10 @@ class Settings:
 class ShardPlan(NamedTuple):
     """One shard that is to be written."""
 
+    name: str  # its file's
     split: str
-    number: int
     scenes: tuple[Scene, ...]
-
-    @property
-    def name(self) -> str:
-        """Its file name."""
-        return shard_name(self.split, self.number)
+    digest: str  # over what the scenes hold
 
 
 @dataclass(frozen=True)
@@ -59,13 +55,13 @@ def cut(survey: Survey, settings: Settings) -> Plan:
     """Deals the scenes out to shards: splits one after the other, scenes by index."""
     split_rule, splits = split_scenes(survey.scenes, settings.rule)
     shards = tuple(
-        ShardPlan(split, number, part)
+        ShardPlan(shard_name(split, number), split, part, _scenes_digest(part))
         for split, scenes in splits.items()
         for number, part in enumerate(_parts(scenes, settings))
     )
     digest = hashlib.sha256(f"{split_rule} {settings.transform.describe()} {survey.vocabulary.fingerprint()}".encode())
     for shard in shards:
-        digest.update(f"{shard.name} {scenes_digest(shard.scenes)}".encode())
+        digest.update(f"{shard.name} {shard.digest}".encode())
     return Plan(split_rule, shards, digest.hexdigest())
 
 
@@ -79,7 +75,7 @@ def may_be_cut_so(manifest: Manifest, settings: Settings) -> bool:
     )
 
 
-def scenes_digest(scenes: Sequence[Scene]) -> str:
+def _scenes_digest(scenes: Sequence[Scene]) -> str:
     """A digest over what scenes hold: their JSONs, and the sizes of their pictures, so as not to read them here."""
     digest = hashlib.sha256()
     for scene in scenes:

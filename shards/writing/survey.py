@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from itertools import islice
 
 from nsi.errors import UserError
 from nsi.schema import Vocabulary
@@ -13,7 +14,7 @@ from shards.sources.listing import Folder, Names, merge_names, read_scenes
 from shards.sources.scene import Scene
 from shards.writing.vocabulary import build_vocabulary
 
-_FOLDERS_A_TASK = 64  # v2 has a folder for each scene
+_FOLDERS_A_TASK = 128  # v2 has a folder for each scene
 Report = Callable[[int], None]
 
 
@@ -35,12 +36,14 @@ class Survey:
         return max(scene.objects for scene in self.scenes)
 
 
-def survey_folders(folders: Sequence[Folder], pool: Executor, report: Report) -> Survey:
-    """Reads and checks every scene of some folders. `report` is told how many are done.
+def survey_folders(folders: Iterable[Folder], pool: Executor, report: Report) -> Survey:
+    """Reads and checks every scene of some folders, while these are found.
 
-    Raises UserError for a scene that is not usable, and where scenes do not belong together.
+    `report` is told how many are done, for the first time when all folders are known. Raises UserError for a scene that
+    is not usable, and where scenes do not belong together.
     """
-    tasks = [folders[start : start + _FOLDERS_A_TASK] for start in range(0, len(folders), _FOLDERS_A_TASK)]
+    waiting = iter(folders)
+    tasks = iter(lambda: list(islice(waiting, _FOLDERS_A_TASK)), [])
     scenes: list[Scene] = []
     names: list[Names] = []
     for some_scenes, some_names in as_they_end(pool, read_scenes, tasks):
@@ -61,6 +64,9 @@ def survey_scenes(scenes: Iterable[Scene], names: Names) -> Survey:
 
 
 def _check_distinct(scenes: Sequence[Scene]) -> None:
+    keys, indices, variants = ({getattr(scene, name) for scene in scenes} for name in ("key", "index", "variant"))
+    if len(keys) == len(indices) == len(scenes) and len(variants) == 1:
+        return
     seen: dict[object, Scene] = {}
     for scene in scenes:
         if scene.variant != scenes[0].variant:

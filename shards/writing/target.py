@@ -10,6 +10,7 @@ from pathlib import Path
 from nsi.errors import UserError
 from shards.manifest import MANIFEST, Manifest, read_manifest
 from shards.temporary import remove_leftovers
+from shards.writing.disk import held
 
 UNFINISHED = ".unfinished"  # what is done so far, while a run is on its way
 PLAN = "plan.json"
@@ -44,9 +45,10 @@ def leaving_nothing(out: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if notes in made and not any(notes.glob("*.tar.json")):
-            remove_leftovers(out)
-            with suppress(OSError):  # a spool that has members stays, and all above it
+        # A spool that has members stays, and all above it; so does what another run is writing.
+        with suppress(OSError, UserError), held(out, shared=False):
+            if notes in made and not any(notes.glob("*.tar.json")):
+                remove_leftovers(out)
                 (notes / PLAN).unlink(missing_ok=True)
                 for folder in made:
                     folder.rmdir()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -26,8 +25,10 @@ from nsi.schema import Vocabulary
 from shards.index import INDEX_SUFFIX, index_path
 from shards.manifest import MANIFEST, Manifest, Shard, ShardTable, read_manifest, write_manifest
 from shards.processes import as_they_end
-from shards.temporary import TEMPORARY, remove_leftovers, temporary_mark
-from shards.writing.cut import Plan, Settings, ShardPlan, cut, scenes_digest
+from shards.temporary import TEMPORARY, remove_leftovers
+from shards.writing.cut import Plan, Settings, ShardPlan, cut
+from shards.writing.disk import cannot_write, held, place, sync, write_file
+from shards.writing.mend import mend
 from shards.writing.pack import Job, Packed, pack_shard
 from shards.writing.survey import Survey
 from shards.writing.target import PLAN, UNFINISHED, check_target, finished
@@ -64,26 +65,30 @@ def write_shards(
 ) -> Manifest | None:
     """Writes the shards of surveyed scenes and, last, the manifest; with a `part` its shards alone and no manifest.
 
-    A run that was cut is continued; a folder that is complete is left as it is. `report` is told how many scenes are
-    done. Raises UserError where the folder holds anything else, where scenes are damaged, or where it cannot be
-    written.
+    A run that was cut is continued; a folder that is complete is left as it is, but for shards that it has lost since.
+    `report` is told how many scenes are done. Raises UserError where the folder holds anything else, where another run
+    is writing in it, where scenes are damaged, or where it cannot be written.
     """
     plan = cut(survey, settings)
+    mine = part.share(plan.shards) if part else plan.shards
     if manifest := finished(out):
         if manifest.source != plan.digest:
             raise UserError(f"{out}: holds the shards of other scenes or settings; choose another folder")
-        _check_whole(out, manifest)
+        with held(out, shared=part is not None):
+            mend(out, manifest, mine, settings.transform, pool)
         report(sum(len(shard.scenes) for shard in plan.shards))
         return manifest
+    check_target(out)
     try:
-        notes = _open_folder(out, survey, settings, plan, part)
-        mine = part.share(plan.shards) if part else plan.shards
-        _write_missing(out, notes, mine, survey.vocabulary, settings, pool, report)
-        return None if part else merge_shards(out)
+        out.mkdir(parents=True, exist_ok=True)
+        with held(out, shared=part is not None):
+            notes = _open_folder(out, survey, settings, plan, part)
+            _write_missing(out, notes, mine, survey.vocabulary, settings, pool, report)
+            return None if part else merge_shards(out)
     except (OSError, UserError) as error:
         if not part and (manifest := finished(out)) and manifest.source == plan.digest:
-            return manifest  # another run beside this one was first, and has taken its notes away
-        raise (_cannot_write(out, error) if isinstance(error, OSError) else error) from error
+            return manifest  # a merge beside this run was first, and has taken the notes away
+        raise (cannot_write(out, error) if isinstance(error, OSError) else error) from error
 
 
 def merge_shards(out: Path) -> Manifest:
@@ -122,10 +127,10 @@ def merge_shards(out: Path) -> Manifest:
         )
         _remove_strangers(out, notes, {note.shard.name for note in whole})
         write_manifest(out, manifest)
-        _sync(out)
+        sync(out)
         shutil.rmtree(notes)
     except OSError as error:
-        raise _cannot_write(out, error) from error
+        raise cannot_write(out, error) from error
     return read_manifest(out)
 
 
@@ -138,8 +143,8 @@ def _write_missing(
     pool: Executor,
     report: Report,
 ) -> None:
-    digests = {shard.name: scenes_digest(shard.scenes) for shard in shards}
-    missing = [shard for shard in shards if not _read_note(out, notes, shard.name, digests[shard.name])]
+    digests = {shard.name: shard.digest for shard in shards}
+    missing = [shard for shard in shards if not _read_note(out, notes, shard.name, shard.digest)]
     done = sum(len(shard.scenes) for shard in shards) - sum(len(shard.scenes) for shard in missing)
     report(done)
     jobs = [Job(str(out), shard, vocabulary, settings.transform) for shard in missing]
@@ -159,13 +164,10 @@ def _write_missing(
 
 def _finish(out: Path, notes: Path, packed: Packed, scenes: str) -> int:
     """Syncs a packed shard and gives it its name; the note is last, so tar and index are whole. Returns its samples."""
-    tar_path = out / packed.shard.name
     try:
-        _sync(Path(packed.temporary))
-        _write(index_path(tar_path), packed.index, sync=True)
-        os.rename(packed.temporary, tar_path)
+        place(out, packed)
         note = Note(scenes, packed.shard, packed.image_size, packed.mask_size, packed.objects)
-        _write(notes / f"{packed.shard.name}.json", json.dumps(asdict(note)).encode(), sync=False)
+        write_file(notes / f"{packed.shard.name}.json", json.dumps(asdict(note)).encode(), synced=False)
     except FileNotFoundError:
         if not (out / MANIFEST).exists():
             raise
@@ -192,10 +194,9 @@ def _read_note(out: Path, notes: Path, name: str, scenes: str) -> Note | None:
 
 
 def _open_folder(out: Path, survey: Survey, settings: Settings, plan: Plan, part: Part | None) -> Path:
-    """Makes or continues OUT and returns its folder of notes. Raises UserError where something else is there."""
-    check_target(out)
+    """Begins or continues OUT and returns its folder of notes. Raises UserError where it was begun with others."""
     notes = out / UNFINISHED
-    notes.mkdir(parents=True, exist_ok=True)
+    notes.mkdir(exist_ok=True)
     remove_leftovers(out)
     content = {
         "variant": survey.variant,
@@ -205,10 +206,10 @@ def _open_folder(out: Path, survey: Survey, settings: Settings, plan: Plan, part
         "transform": settings.transform.describe(),
         "digest": plan.digest,
         "vocabulary": asdict(survey.vocabulary),
-        "shards": [(shard.name, scenes_digest(shard.scenes)) for shard in plan.shards],
+        "shards": [(shard.name, shard.digest) for shard in plan.shards],
     }
     _check_begun(out, notes / PLAN, content, part)
-    _write(notes / PLAN, json.dumps(content).encode(), sync=True)
+    write_file(notes / PLAN, json.dumps(content).encode(), synced=True)
     return notes
 
 
@@ -244,23 +245,6 @@ def _check_all_there(out: Path, plan: dict[str, Any], done: list[Note | None]) -
     )
 
 
-def _check_whole(out: Path, manifest: Manifest) -> None:
-    """Raises UserError where a shard of a complete folder is missing or cut since. `nsi verify` looks into them."""
-    for shard in (shard for table in manifest.splits.values() for shard in table):
-        if not _has_size(out / shard.name, shard.bytes) or not index_path(out / shard.name).exists():
-            raise UserError(
-                f"{out / shard.name}: missing or cut, though {out} was complete; restore it, "
-                "or remove the folder and write it again"
-            )
-
-
-def _has_size(path: Path, size: int) -> bool:
-    try:
-        return path.stat().st_size == size
-    except OSError:
-        return False
-
-
 def _split_of(name: str) -> str:
     return name.rpartition("-")[0]
 
@@ -278,34 +262,3 @@ def _remove_strangers(out: Path, notes: Path, names: set[str]) -> None:
     for pattern in (f"*-*.tar.*{TEMPORARY}", f"*-*{INDEX_SUFFIX}.*{TEMPORARY}"):
         for path in out.glob(pattern):
             path.unlink(missing_ok=True)
-
-
-def _write(path: Path, data: bytes, sync: bool) -> None:
-    """Writes a file under a temporary name and renames it."""
-    temporary = path.with_name(f"{path.name}.{temporary_mark()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.rename(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sync(path: Path) -> None:
-    """Returns when a file's bytes, or the names in a folder, lie on disk."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def _cannot_write(out: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{error.filename or out}: cannot be written ({error.strerror or error}); mend that and run the same command "
-        "again, it continues where it stopped"
-    )

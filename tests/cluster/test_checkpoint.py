@@ -21,7 +21,7 @@ from cluster.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from cluster.engine import TrainingState
+from cluster.training_state import TrainingState
 from nsi.errors import UserError
 
 

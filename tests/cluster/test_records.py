@@ -39,6 +39,9 @@ STEPS = Event(
         "images": 640,
         "data_wait_seconds": 1.0,
         "step_seconds": 3.0,
+        "nonfinite_steps": 1,
+        "overflows": 2,
+        "loss_scale": 512.0,
     },
 )
 
@@ -136,6 +139,8 @@ def test_prometheus_tells_what_happened(tmp_path: Path) -> None:
     assert found["nsi_data_wait_seconds_total"] == 2.0
     assert found["nsi_step_seconds_total"] == 6.0
     assert found["nsi_contrastive_loss_nats"] == 3.0
+    assert (found["nsi_nonfinite_steps_total"], found["nsi_overflows_total"]) == (2, 4)
+    assert found["nsi_loss_scale_ratio"] == 512
     assert found["nsi_validation_recall_at_5_ratio"] == 0.25
     assert found["nsi_checkpoint_seconds_total"] == 2.5
     assert not endpoint.target.exists()
@@ -156,6 +161,9 @@ def test_prometheus_names_are_frozen(tmp_path: Path) -> None:
         "nsi_learning_rate_ratio",
         "nsi_gradient_norm_ratio",
         "nsi_epochs_ratio",
+        "nsi_loss_scale_ratio",
+        "nsi_nonfinite_steps_total",
+        "nsi_overflows_total",
         "nsi_steps_total",
         "nsi_images_total",
         "nsi_step_seconds_total",

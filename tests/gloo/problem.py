@@ -27,10 +27,10 @@ CONFIG = ModelConfig(
 )
 
 
-def make_model(dropout: float) -> NeuralSlotInterpreter:
+def make_model(dropout: float, **options) -> NeuralSlotInterpreter:
     torch.manual_seed(1)
-    config = replace(CONFIG, dropout=dropout, schema_dropout=dropout)
-    model = NeuralSlotInterpreter(config, F, P, COUNTS)
+    config = replace(CONFIG, dropout=dropout, schema_dropout=dropout, **options)
+    model = NeuralSlotInterpreter(config, F, P, COUNTS, TAU)
     with torch.no_grad():  # keep scores small, so that no gradient vanishes in a saturated softmax
         for parameter in model.parameters():
             parameter.mul_(0.5)
@@ -87,5 +87,5 @@ def one_process_loss(model: NeuralSlotInterpreter, step: int) -> torch.Tensor:
         batch.sample_ids_B,
         batch.rows_B,
     )
-    contrastive = contrastive_sum(rows, lambda tensor: tensor, 0, TAU) / G
+    contrastive = contrastive_sum(rows, lambda tensor: tensor, 0, output.tau_1) / G
     return contrastive + BETA * output.squared_error_B.mean() / F

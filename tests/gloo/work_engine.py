@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from problem import BETA, SEED, TAU, G, cut, make_batch, make_model
 
 from cluster.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from cluster.engine import Engine, EngineConfig
+from cluster.engine import Engine
+from cluster.engine_config import EngineConfig
+from cluster.loss_scale import LossScale
 from cluster.processes import join, leave
 from cluster.world import find_world
 from launch.config import LossConfig
 from launch.prepare import DEEPSPEED_CONFIG
-from launch.step import StepSettings, training_step
+from launch.step import StepSettings, losses_and_gradient, training_step
 from shards.order import rank_rows, rows_per_rank
 
 out, plan = sys.argv[1], json.loads(sys.argv[2])
@@ -29,7 +32,8 @@ batch, features = cut(*make_batch(), part.start, part.stop, rows)
 found = []
 for case in plan:
     micro_rows = case.get("micro_rows") or rows
-    model = make_model(0.0)
+    model = make_model(case.get("dropout", 0.0), **case.get("options", {}))
+    model.decoder.recompute = case.get("recompute", False)
     restored = read_checkpoint(Path(case["load"])) if case.get("load") else None
     if restored:
         model.load_state_dict(restored.training.parameters)
@@ -39,21 +43,41 @@ for case in plan:
         world.size,
         micro_rows,
         -(-rows // micro_rows),
-        grad_clip=0.5,
+        grad_clip=case.get("grad_clip", 0.5),
         weight_decay=0.1,
         default_config=DEEPSPEED_CONFIG,
+        clip_only=tuple(case.get("clip_only", ())),
     )
     if restored:
         engine.restore(restored.training)
     settings = StepSettings(LossConfig(tau=TAU, beta=BETA), SEED, world.rank, G, micro_rows)
     first = restored.step if restored else 0
-    losses, norms = [], []
+    scale = case.get("loss_scale")
+    if scale and engine.loss_scale:
+        engine.restore(replace(engine.state(), loss_scale=LossScale(scale, 0)))
+    broken = case.get("broken_steps", [])
+    losses, norms, applied, scales = [], [], [], []
     for step in range(first, first + case["steps"]):
-        places = iter(features.split(micro_rows))
-        result = training_step(engine, lambda images, places=places: next(places), batch, step, 1e-3, settings)
+        seen = features.clone()
+        if step in broken and world.rank == world.size - 1:
+            seen[0, 0, 0] = float("nan")
+        places = iter(seen.split(micro_rows))
+        result = training_step(
+            engine, lambda images, places=places: next(places), batch, step, case.get("lr", 1e-3), settings
+        )
         losses.append(float(result.contrastive + BETA * result.reconstruction))
         norms.append(float(result.grad_norm))
+        applied.append(result.applied)
+        scales.append(engine.loss_scale.scale if engine.loss_scale else None)
     state = engine.state()
+    gradients = {}
+    if case.get("gradients"):
+        from deepspeed.utils import safe_get_full_grad  # the engine has prepared its import
+
+        places = iter(features.split(micro_rows))
+        losses_and_gradient(engine, lambda images, places=places: next(places), batch, case["steps"], settings)
+        for name, parameter in engine.module.named_parameters():
+            gradients[name] = safe_get_full_grad(parameter).float().flatten().tolist()
     if case.get("save") and world.rank == 0:
         write_checkpoint(Path(case["save"]), Checkpoint(first + case["steps"], 1, state, {}))
     torch.distributed.barrier()
@@ -61,6 +85,10 @@ for case in plan:
         {
             "losses": losses,
             "norms": norms,
+            "applied": applied,
+            "scales": scales,
+            "optimizer_steps": state.optimizer_steps,
+            "gradients": gradients,
             "parameters": {name: tensor.flatten().tolist() for name, tensor in state.parameters.items()},
             "moments": {m: {n: t.flatten().tolist() for n, t in part.items()} for m, part in state.moments.items()},
         }

@@ -147,7 +147,7 @@ def test_a_shared_file_system_through_a_cache(shards: Path, at_home: Path, tmp_p
     split = open_split(folder, "train")
     copied = list(split.table)[1:]
     for shard in copied:
-        cache.get(split.storage, split.manifest.fingerprint, shard.name, shard.bytes, shard.sha256)
+        cache.get(split.storage, split.manifest.fingerprint, shard.name, shard.bytes, shard.xxh3_128)
         (folder / shard.name).write_bytes(bytes(shard.bytes))
     trained(train(folder, tmp_path / "run", "--cache_path", str(cache.folder)))
     assert losses(tmp_path / "run") == losses(at_home)

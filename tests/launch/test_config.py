@@ -15,6 +15,7 @@ import pytest
 from launch import cli
 from launch.config import TrainConfig, check, flag_values, from_json, science, to_json
 from launch.recipes import starting_point
+from launch.resume import is_better
 from launch.schedule import Plateau, after_validation, learning_rate
 from launch.train import parse
 from nsi.errors import UserError
@@ -49,7 +50,9 @@ OURS = {
     "checkpoint_every", "log_every", "validate_every", "backbone", "backbone_weights", "patch_size", "reconstruction",
     "score", "schedule", "weight_decay", "deepspeed_config", "prometheus_port", "schema_dropout", "decoder_hidden_dim",
     "decoder_depth", "attend_padding", "position_std", "position_dims", "on_bad_sample", "bad_sample_limit",
-    "cache_path", "cache_gb",
+    "cache_path", "cache_gb", "features",
+    "learned_tau", "slot_start", "bilevel", "activation", "nonfinite_limit", "recompute", "compile",
+    "squash_size", "normalization", "clip_scope", "plateau_in_warmup", "select_by", "padding_labels",
 }  # fmt: skip
 PATHS = ["--data_path", "D", "--log_path", "L"]
 
@@ -80,8 +83,46 @@ def test_recipe_beats_default_and_flag_beats_recipe() -> None:
     assert both.recipe == "demo"
 
 
+REFERENCE = {
+    "attend_padding": True,
+    "normalization": "none",
+    "squash_size": 128,
+    "reconstruction": "sum",
+    "clip_scope": "slot_encoder",
+    "schedule": "plateau",
+    "plateau_in_warmup": True,
+    "select_by": "loss",
+    "position_std": 1.0,
+}
+
+
+def test_the_reference_recipe_is_the_public_defaults_and_a_flag_for_each_difference() -> None:
+    plain, reference = (flag_values(parse([*PATHS, "--recipe", name])) for name in ("default", "reference"))
+    assert {name: value for name, value in reference.items() if value != plain[name]} == {
+        **REFERENCE,
+        "recipe": "reference",
+    }
+    assert {name: reference[name] for name in PUBLIC} == PUBLIC
+    assert reference["schema_dropout"] == reference["weight_decay"] == 0.0
+    config = parse([*PATHS, "--recipe", "reference"])
+    assert set(REFERENCE) <= set(science(config))  # a run may not change them on its way
+    help_text = " ".join(status("train", "--help", "--recipe", "reference")[1].replace("│", " ").split())
+    for name, value in REFERENCE.items():
+        assert f"--{name} {value} (default {plain[name]})" in help_text
+    assert "in --recipe reference their sum" in help_text  # of beta, whose value means another thing there
+
+
+def test_readme_shows_the_reference_recipe() -> None:
+    page = (Path(cli.__file__).parent / "README.md").read_text()
+    plain = flag_values(parse(PATHS))
+    for name, value in REFERENCE.items():
+        row = next(line for line in page.splitlines() if line.startswith("|") and f"`--{name}" in line)
+        cells = [cell.strip().split(" ")[0] for cell in row.split("|")[2:4]]
+        assert cells == [str(value), str(plain[name])], row
+
+
 def test_unknown_recipe() -> None:
-    with pytest.raises(UserError, match="--recipe cake: unknown; there are default, demo"):
+    with pytest.raises(UserError, match="--recipe cake: unknown; there are default, reference, demo"):
         starting_point(["--recipe", "cake"])
 
 
@@ -110,7 +151,7 @@ def test_configuration_of_another_version() -> None:
     "given",
     ["--batch_size 0", "--lr 0", "--lr -1", "--tau 0", "--micro_batch_size -1", "--log_every 0", "--beta -1",
      "--epochs 0", "--prometheus_port 70000", "--checkpoint_every 0", "--num_workers 0", "--lr nan",
-     "--bad_sample_limit -1", "--cache_gb 0"],
+     "--bad_sample_limit -1", "--squash_size -1", "--cache_gb 0"],
 )  # fmt: skip
 def test_impossible_values(given: str) -> None:
     with pytest.raises(UserError, match=given.split()[0]):
@@ -187,3 +228,28 @@ def test_plateau_halves_after_patience_and_not_in_the_warm_up() -> None:
         plateau = after_validation(plateau, optim, step, loss)
     assert plateau == Plateau(0.5, 4.0, 0)
     assert learning_rate(optim, 60, 1000, plateau) == 0.5
+
+
+def test_plateau_counts_in_the_warm_up_on_request() -> None:
+    given = ["--schedule", "plateau", "--patience", "2", "--lr", "1.0", "--lr_warmup_steps", "10"]
+    optim = parse([*PATHS, *given, "--plateau_in_warmup"]).optim
+    plateau = Plateau()
+    for step, loss in ((1, 5.0), (2, 6.0), (3, 5.0)):
+        plateau = after_validation(plateau, optim, step, loss)
+    assert plateau == Plateau(0.5, 5.0, 0)
+    assert learning_rate(optim, 4, 1000, plateau) == pytest.approx(0.25)
+    assert learning_rate(optim, 10, 1000, plateau) == 0.5
+    cosine = parse([*PATHS, "--patience", "2", "--lr_warmup_steps", "10", "--plateau_in_warmup"]).optim
+    for step in range(1, 9):
+        assert after_validation(Plateau(1.0, 1.0), cosine, step, 2.0) == Plateau(1.0, 1.0)
+
+
+def test_what_the_best_validation_is() -> None:
+    figures, best = {"R@5": 0.5, "loss": 3.0}, {"step": 4, "R@5": 0.4, "loss": 2.0}
+    assert is_better(figures, best, "retrieval")
+    assert not is_better(figures, best, "loss")
+    assert is_better({"R@5": 0.1, "loss": 1.0}, best, "loss")
+    assert not is_better(best, best, "loss")
+    assert not is_better(best, best, "retrieval")
+    assert is_better(figures, {}, "loss")
+    assert is_better(figures, {"step": 4, "R@5": 0.4}, "retrieval")  # as checkpoints had it

@@ -111,6 +111,22 @@ def test_two_workers_give_the_same_bytes(source: Path, plain: Path, tmp_path: Pa
     assert contents(tmp_path / "out") == contents(plain)
 
 
+@pytest.mark.slow
+def test_two_runs_at_once(source: Path, plain: Path, tmp_path: Path) -> None:
+    """Two real commands in one OUT, five times: one of them writes it, the other finds it done or says who is there."""
+    for number in range(5):
+        out = tmp_path / str(number)
+        command = [sys.executable, "-m", "launch", "shard", str(source), str(out), "--shard_samples", "5"]
+        runs = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in "12"]
+        errors = [run.communicate()[1] for run in runs]
+        assert 0 in (run.returncode for run in runs), errors
+        for run, error in zip(runs, errors, strict=True):
+            if run.returncode:
+                assert error.startswith(f"nsi shard: {out}: another `nsi shard` is writing there; wait for its end")
+                assert error.count("\n") == 1
+        assert contents(out) == contents(plain)
+
+
 def test_shards_by_megabytes(files: Files, source: Path, tmp_path: Path) -> None:
     """As full as may be, and not fuller."""
     with in_form("tar.gz", files, tmp_path / "source") as sources:

@@ -17,6 +17,7 @@ import torch
 from cluster.attempt import take_attempt
 from cluster.checkpoint import COMPLETE, MODEL, newest_verified, read_checkpoint
 from launch.runfolder import read_lines, standing_lines
+from shards.manifest import read_manifest
 from tests.gloo.worlds import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -196,12 +197,30 @@ def test_asked_to_stop_it_saves_and_leaves_with_0(shards: Path, whole: Path, tmp
 
 
 def test_a_broken_step_reaches_no_checkpoint(shards: Path, tmp_path: Path) -> None:
-    said = one_line(train(shards, tmp_path / "run", "--lr", "1e30", "--log_every", "5", "--checkpoint_every", "1"))
-    assert "is not a number any more" in said
-    last = read_lines(tmp_path / "run", "metrics.jsonl")[-1]
-    assert last["loss"] is None or last["grad_norm"] is None or last["grad_norm"] < 0
-    for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
-        assert int(path.name[5:]) < last["step"]
+    run = tmp_path / "run"
+    more = ["--lr", "1e30", "--lr_warmup_steps", "0", "--log_every", "5", "--checkpoint_every", "1"]
+    said = one_line(train(shards, run, *more, "--nonfinite_limit", "2"))
+    assert "step 4: the loss or its gradient is not a finite number, 3 steps in a row" in said
+    assert str(run / "nonfinite-00000004.json") in said
+    last = read_lines(run, "metrics.jsonl")[-1]
+    assert last["loss"] is None or last["grad_norm"] is None
+    assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000001"]
+    found = json.loads((run / "nonfinite-00000004.json").read_text())
+    order = read_manifest(shards).samples("train")
+    assert {scene["id"] for scene in found["samples"]} <= set(range(order))
+    assert len(found["samples"]) == 12
+    assert max(float(each["norm"]) for each in found["parameters"]) > 1e25  # the step that went wrong was the first
+    events = [json.loads(line) for path in (run / "events").glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert sum(event["facts"]["nonfinite_steps"] for event in events if event["kind"] == "steps") == 3
+
+
+def test_a_batch_of_one(shards: Path, tmp_path: Path) -> None:
+    """No negatives: the contrastive loss is 0 and has no gradient, and the reconstruction goes on."""
+    found = train(shards, tmp_path / "run", "--batch_size", "1", "--max_steps", "3", "--validate_every", "100")
+    assert found.returncode == 0, found.stderr
+    lines = read_lines(tmp_path / "run", "metrics.jsonl")
+    assert [line["contrastive"] for line in lines] == [0.0] * 3
+    assert all(line["reconstruction"] > 0 and line["grad_norm"] > 0 for line in lines)
 
 
 def test_two_at_once_do_not_harm_each_other(shards: Path, tmp_path: Path) -> None:

@@ -79,6 +79,15 @@ def test_the_tags_own_normalisation_is_used():
     assert imagenet == pytest.approx([0.485, 0.456, 0.406])
 
 
+def test_without_normalisation_the_model_sees_colours_as_they_are():
+    backbone = build_backbone(VIT, 32, normalize=False)
+    expected = backbone.model.forward_features(images() / 255)[:, 1:]
+    assert torch.equal(backbone(images()), expected)
+    normalised = build_backbone(VIT, 32, backbone.model.state_dict())
+    assert not torch.allclose(normalised(images()), expected)
+    assert parameters_hash(normalised) != parameters_hash(backbone)  # other features, so another backbone
+
+
 def test_timm_backbone_stays_frozen():
     backbone = TimmBackbone(VIT, 32)
     parent = torch.nn.Sequential(backbone).train()

@@ -56,6 +56,7 @@ def test_shapes_and_masks():
         "alphas_BNP": (B, 4, P),
         "attention_BNP": (B, 4, P),
         "squared_error_B": (B,),
+        "tau_1": (1,),
     }
     torch.testing.assert_close(output.alphas_BNP.sum(dim=1), torch.ones(B, P))
 
@@ -68,7 +69,8 @@ def test_squared_error_is_summed_over_features_and_averaged_over_patches():
 
 @pytest.mark.parametrize("num_blocks", [0, 2])
 def test_every_parameter_has_a_dimension_and_a_gradient(num_blocks):
-    model = build(dataclasses.replace(SMALL, num_blocks=num_blocks, position_dims=2))
+    options = {"learned_tau": True, "slot_start": "learned", "bilevel": True} if num_blocks else {}
+    model = build(dataclasses.replace(SMALL, num_blocks=num_blocks, position_dims=2, **options))
     output = model(*batch(empty_row=True), noise())
     sum(value.square().sum() for value in output).backward()
     for name, parameter in model.named_parameters():
@@ -84,8 +86,33 @@ def test_a_micro_batch_gives_the_rows_of_the_batch(training):
     model = build(dataclasses.replace(SMALL, schema_dropout=0.3)).train(training).double()
     rows = slice(1, 3)
     whole, part = model(*batch(), noise()), model(*(x[rows] for x in batch()), noise(rows))
-    for name, value in whole._asdict().items():
+    for name in set(whole._fields) - {"tau_1"}:
+        value = getattr(whole, name)
         torch.testing.assert_close(getattr(part, name), value[rows], rtol=1e-11, atol=1e-12)
+
+
+def test_a_learned_temperature_begins_at_tau_and_has_a_floor():
+    fixed, learned = (
+        NeuralSlotInterpreter(dataclasses.replace(SMALL, learned_tau=on), F, P, COUNTS, tau=0.07)
+        for on in (False, True)
+    )
+    assert fixed(*batch(), noise()).tau_1.item() == pytest.approx(0.07)
+    tau_1 = learned(*batch(), noise()).tau_1
+    assert tau_1.item() == pytest.approx(0.07)
+    tau_1.backward()
+    assert learned.log_tau_change_1.grad.item() == pytest.approx(0.07)  # d tau / d log tau
+    with torch.no_grad():
+        learned.log_tau_change_1.fill_(-9)
+    assert learned(*batch(), noise()).tau_1.item() == pytest.approx(0.01)
+    assert sum(p.numel() for p in learned.parameters()) == sum(p.numel() for p in fixed.parameters()) + 1
+
+
+def test_silu_reaches_every_hidden_layer():
+    relu, silu = build(), build(dataclasses.replace(SMALL, activation="silu"))
+    for one, other in zip(relu(*batch(), noise())[:6], silu(*batch(), noise())[:6], strict=True):
+        assert not torch.equal(one, other)
+    kinds = [type(module).__name__ for module in silu.modules()]
+    assert "ReLU" not in kinds
 
 
 def test_dropout_and_noise():
@@ -104,8 +131,9 @@ def test_dropout_and_noise():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes(dtype):
     output = build().to(dtype)(*batch(), noise())
-    assert output.slots_BND.dtype == output.primitive_embeddings_BTE.dtype == dtype
-    assert output.squared_error_B.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
+    wide = torch.float32 if dtype == torch.bfloat16 else dtype
+    narrow = (output.slots_BND, output.slot_embeddings_BNE, output.primitive_embeddings_BTE, output.squared_error_B)
+    assert {value.dtype for value in (*narrow, output.tau_1, output.attention_BNP)} == {wide}
     exact = build()(*batch(), noise())
     torch.testing.assert_close(output.squared_error_B.float(), exact.squared_error_B, rtol=0.05, atol=0)
 
@@ -150,6 +178,9 @@ def test_a_parameter_is_read_only_while_its_own_module_runs():
         ({"slot_dim": 10, "num_slot_heads": 3}, "--slot_dim 10 is no multiple of --num_slot_heads 3"),
         ({"d_model": 10}, "--d_model 10 is no multiple of --num_heads 8"),
         ({"position_dims": 1}, "--position_dims 1: 2 or 3"),
+        ({"slot_start": "zero"}, "--slot_start zero: noise or learned"),
+        ({"activation": "gelu"}, "--activation gelu: relu or silu"),
+        ({"position_std": float("nan")}, "--position_std nan: must be at least 0"),
     ],
 )
 def test_a_config_that_does_not_fit_is_a_message(change, message):
@@ -174,6 +205,11 @@ def test_defaults_are_those_of_the_public_code():
         "decoder_depth": 3,
         "hidden_dim": 192,
         "attend_padding": False,
+        "padding_labels": (0, 0, 0),
         "position_std": 0.02,
         "position_dims": 3,
+        "slot_start": "noise",
+        "bilevel": False,
+        "activation": "relu",
+        "learned_tau": False,
     }

@@ -1,4 +1,4 @@
-"""Our modules against numbers that the public NSI code computed in float64, to 1e-9 relative.
+"""`--recipe reference` and training's own step against the public NSI code's numbers, in float64 to 1e-9 relative.
 
 tests/golden/reference_goldens.json says how weights and inputs are drawn, the .npz holds the public code's results
 (a fact sheet of the project describes that code; none of it is here).
@@ -10,68 +10,51 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as functional
 
+from launch.config import TrainConfig
+from launch.recipes import recipe_defaults
+from launch.schedule import Plateau, learning_rate
+from launch.step import StepSettings, losses_and_gradient
+from nsi.batch import Batch
 from nsi.maxsim import maxsim
-from nsi.model import ModelConfig, NeuralSlotInterpreter
+from nsi.model import NeuralSlotInterpreter, Output
 from nsi.noise import KeyedNoise
+from nsi.reference_names import by_reference_key, from_reference
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RECIPE = json.loads((GOLDEN / "reference_goldens.json").read_text())
 DIMS = RECIPE["dims"]
 TOLERANCE = 1e-9
 
-SLOT_ENCODER = {
-    "slot_attn.slot_mu": "slot_attention.slot_mu",
-    "slot_attn.slot_log_sigma": "slot_attention.slot_log_sigma",
-    "slot_attn.layer_norm": "slot_attention.input_norm",
-    "slot_attn.mlp": "slot_attention.input_mlp",
-    "slot_attn.slot_attention": "slot_attention",
-    "embed_proj": "slot_head.project",
-    "norm_embed": "slot_head.norm",
-    "embed_mlp": "slot_head.mlp",
-    "decoder.postional_encoding.weight": "decoder.positions",
-    "decoder.mlp.0.weight": "decoder.first_weight",
-    "decoder.mlp.0.bias": "decoder.first_bias",
-    "decoder.mlp.2": "decoder.hidden.0",
-    "decoder.mlp.4": "decoder.hidden.1",
-    "decoder.mlp.6": "decoder.alpha+features",  # the first output is alpha's
-}
-PROGRAM_ENCODER = {
-    "size_embedding": "schema_encoder.tables.0",
-    "shape_embedding": "schema_encoder.tables.1",
-    "material_embedding": "schema_encoder.tables.2",
-    "pos_embedding.0": "schema_encoder.position",
-    "program_embed": "schema_encoder.fuse",
-    "encoder.blocks": "schema_encoder.blocks",
-    "encoder.layer_norm": "schema_encoder.norm",
-    "embed_proj": "schema_encoder.head.project",
-    "norm_embed": "schema_encoder.head.norm",
-    "embed_mlp": "schema_encoder.head.mlp",
-}
-INSIDE_A_BLOCK = {
-    ".attn.proj_o.": ".project_out.",
-    ".attn.proj_": ".project_",
-    ".attn_layer_norm.": ".norm_attention.",
-    ".ffn_layer_norm.": ".norm_mlp.",
-    ".ffn.": ".mlp.",
-}
+
+def reference() -> TrainConfig:
+    """`--recipe reference` in the goldens' sizes; they were made without dropout and without clipping."""
+    config = recipe_defaults("reference", TrainConfig("", Path()))
+    model = replace(
+        config.model,
+        num_slots=DIMS["num_slots"],
+        num_iterations=DIMS["num_iterations"],
+        slot_dim=DIMS["slot_dim"],
+        mlp_hidden_size=DIMS["slot_mlp_hidden"],
+        embed_dim=DIMS["embed_dim"],
+        num_blocks=DIMS["num_blocks"],
+        d_model=DIMS["d_model"],
+        num_heads=DIMS["num_heads"],
+        dropout=0.0,
+    )
+    assert model.decoder_hidden_dim == DIMS["decoder_hidden"]
+    loss, optim = config.loss, config.optim
+    assert (loss.tau, loss.beta, optim.lr) == (RECIPE["tau"], RECIPE["beta"], RECIPE["lr"])
+    return replace(config, model=model, optim=replace(optim, lr_warmup_steps=RECIPE["lr_warmup_steps"]))
 
 
-def our_names(module: str, key: str) -> list[str]:
-    """The parameters of ours that hold a public one: one, or the two parts of the decoder's last layer."""
-    table = SLOT_ENCODER if module == "slot_encoder" else PROGRAM_ENCODER
-    prefix = max((p for p in table if key == p or key.startswith(p + ".")), key=len)
-    name = table[prefix] + key[len(prefix) :]
-    if prefix == "encoder.blocks":
-        for theirs, ours in INSIDE_A_BLOCK.items():
-            name = name.replace(theirs, ours)
-    return [name.replace("alpha+features", part) for part in ("alpha", "features")] if "+" in name else [name]
+CONFIG = reference()
 
 
 def drawn_parameters():
@@ -89,7 +72,7 @@ class GivenNoise(KeyedNoise):
     """The drawn slot noise of one step in the place of the keyed one."""
 
     def normal(self, stream, shape):
-        return slot_noise()[self.step]
+        return slot_noise()[self.step][self.sample_ids_B]
 
 
 def slot_noise():
@@ -98,33 +81,17 @@ def slot_noise():
 
 
 def build() -> NeuralSlotInterpreter:
-    config = ModelConfig(
-        num_slots=DIMS["num_slots"],
-        num_iterations=DIMS["num_iterations"],
-        slot_dim=DIMS["slot_dim"],
-        mlp_hidden_size=DIMS["slot_mlp_hidden"],
-        embed_dim=DIMS["embed_dim"],
-        num_blocks=DIMS["num_blocks"],
-        d_model=DIMS["d_model"],
-        num_heads=DIMS["num_heads"],
-        dropout=0.0,
-        decoder_hidden_dim=DIMS["decoder_hidden"],
-        attend_padding=True,
+    counts = (3, 4, 60)
+    model = NeuralSlotInterpreter(
+        CONFIG.model, DIMS["feature_dim"], DIMS["positions"], counts, CONFIG.loss.tau
+    ).double()
+    model.load_state_dict(
+        from_reference(model, {f"{module}.{key}": value for module, key, value in drawn_parameters()})
     )
-    model = NeuralSlotInterpreter(config, DIMS["feature_dim"], DIMS["positions"], (3, 4, 60)).double()
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for module, key, value in drawn_parameters():
-            names = our_names(module, key)
-            pieces = value.split([1, len(value) - 1]) if len(names) == 2 else [value]
-            for name, piece in zip(names, pieces, strict=True):
-                parameter = parameters.pop(name)
-                parameter.copy_(piece.view_as(parameter))
-    assert not parameters, f"parameters that no golden weight fills: {sorted(parameters)}"
     return model
 
 
-def inputs():
+def inputs() -> tuple[torch.Tensor, Batch]:
     shape = (DIMS["batch"], DIMS["positions"], DIMS["feature_dim"])
     features_BPF = torch.from_numpy(np.random.RandomState(1).randn(*shape))
     draw, rows = np.random.RandomState(3), (DIMS["batch"], DIMS["max_objects"])
@@ -132,18 +99,46 @@ def inputs():
     positions = draw.uniform(-3, 3, (*rows, 3))
     objects_BT = torch.arange(DIMS["max_objects"])[None] < torch.tensor(RECIPE["lengths"])[:, None]
     real = objects_BT[..., None].numpy()
-    return features_BPF, torch.from_numpy(labels * real), torch.from_numpy(positions * real), objects_BT
+    return features_BPF, Batch(
+        sample_ids_B=torch.arange(DIMS["batch"]),
+        rows_B=torch.ones(DIMS["batch"], dtype=torch.bool),
+        images_BCHW=torch.zeros(DIMS["batch"], 3, 1, 1, dtype=torch.uint8),
+        labels_BT3=torch.from_numpy(labels * real),
+        positions_BT3=torch.from_numpy(positions * real),
+        objects_BT=objects_BT,
+        keys=("",) * DIMS["batch"],
+    )
 
 
-def losses(model, step: int, batch):
-    """(output, scores, loss, contrastive, reconstruction), the mean over both directions and beta 1."""
-    output = model(*batch, GivenNoise(0, step, torch.arange(DIMS["batch"])))
-    scores_BB = maxsim(output.slot_embeddings_BNE, output.primitive_embeddings_BTE, batch[-1])
-    own_B = torch.arange(DIMS["batch"])
-    logits_BB = scores_BB / RECIPE["tau"]
-    contrastive = (functional.cross_entropy(logits_BB, own_B) + functional.cross_entropy(logits_BB.T, own_B)) / 2
-    reconstruction = output.squared_error_B.mean()
-    return output, scores_BB, contrastive + RECIPE["beta"] * reconstruction, contrastive, reconstruction
+class PlainEngine:
+    """What a step needs of an engine, by autograd alone and with the goldens' noise; keeps the last output."""
+
+    def __init__(self, model: NeuralSlotInterpreter) -> None:
+        self.model = model
+        self.output: Output | None = None
+
+    def forward(self, features_BPF, labels_BT3, positions_BT3, objects_BT, noise: KeyedNoise) -> Output:
+        given = GivenNoise(noise.seed, noise.step, noise.sample_ids_B)
+        self.output = self.model(features_BPF, labels_BT3, positions_BT3, objects_BT, given)
+        return self.output
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        loss.backward()
+
+
+def losses(model: NeuralSlotInterpreter, step: int, features_BPF: torch.Tensor, batch: Batch):
+    """Training's own step before the optimizer: (output, loss, contrastive, reconstruction), gradients in the model."""
+    engine = PlainEngine(model)
+    settings = StepSettings(CONFIG.loss, CONFIG.optim.seed, 0, DIMS["batch"], DIMS["batch"])
+    contrastive, reconstruction = losses_and_gradient(engine, lambda images: features_BPF, batch, step, settings)
+    return engine.output, contrastive + CONFIG.loss.beta * reconstruction, contrastive, reconstruction
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _world_of_one():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 def distance(ours, theirs) -> float:
@@ -168,15 +163,15 @@ def first_step():
         model.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: inside.update({name: output}))
         for name in ("slot_attention", "decoder", "schema_encoder")
     ]
-    results = losses(model, 0, batch)
-    results[2].backward()
+    results = losses(model, 0, *batch)
     for hook in hooks:
         hook.remove()
     return model, batch, results, inside
 
 
 def test_forward(golden, first_step):
-    _, _, (output, scores_BB, loss, contrastive, reconstruction), inside = first_step
+    _, (_, batch), (output, loss, contrastive, reconstruction), inside = first_step
+    scores_BB = maxsim(output.slot_embeddings_BNE, output.primitive_embeddings_BTE, batch.objects_BT, CONFIG.loss.score)
     ours = {
         "slots": output.slots_BND,
         "slot_embeddings": output.slot_embeddings_BNE,
@@ -197,10 +192,8 @@ def test_forward(golden, first_step):
 def test_gradient_norms(golden, first_step):
     parameters = dict(first_step[0].named_parameters())
     norms = {
-        f"gradnorm/{module}/{key}": torch.cat(
-            [parameters[name].grad.flatten() for name in our_names(module, key)]
-        ).norm()
-        for module, key, _ in drawn_parameters()
+        "gradnorm/" + key.replace(".", "/", 1): torch.cat([parameters[name].grad.flatten() for name in names]).norm()
+        for key, names in by_reference_key(parameters).items()
     }
     stored = {name for name in golden if name.startswith("gradnorm/")}
     assert set(norms) == stored
@@ -210,10 +203,15 @@ def test_gradient_norms(golden, first_step):
     assert max(far.values()) < TOLERANCE, {name: value for name, value in far.items() if value >= TOLERANCE}
 
 
+def adam(model: NeuralSlotInterpreter) -> torch.optim.Optimizer:
+    """The optimizer that cluster.engine gives DeepSpeed; without weight decay it is Adam."""
+    return torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=CONFIG.optim.weight_decay)
+
+
 def update(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Adam with linear warm-up. The stored trajectory was made without clipping."""
+    """One step at the recipe's rate. The stored trajectory was made without clipping."""
     for group in optimizer.param_groups:
-        group["lr"] = RECIPE["lr"] * min(1.0, (step + 1) / RECIPE["lr_warmup_steps"])
+        group["lr"] = learning_rate(CONFIG.optim, step, RECIPE["steps"], Plateau())
     optimizer.step()
 
 
@@ -222,21 +220,19 @@ def test_first_adam_step(golden, first_step):
     model = copy.deepcopy(trained)
     for copied, original in zip(model.parameters(), trained.parameters(), strict=True):
         copied.grad = original.grad  # which a copy of a parameter leaves behind
-    update(torch.optim.Adam(model.parameters()), 0)
-    with torch.no_grad():
-        second = torch.stack(losses(model, 1, batch)[2:])
+    update(adam(model), 0)
+    second = torch.stack(losses(model, 1, *batch)[1:])
     assert distance(second, golden["trajectory_loss_contrastive_mse"][1]) < TOLERANCE
 
 
 @pytest.mark.slow  # ten seconds a step on one core
 def test_adam_trajectory(golden):
     model, batch = build(), inputs()
-    optimizer = torch.optim.Adam(model.parameters())
+    optimizer = adam(model)
     rows = []
     for step in range(RECIPE["steps"]):
         optimizer.zero_grad()
-        *_, loss, contrastive, reconstruction = losses(model, step, batch)
-        loss.backward()
+        _, loss, contrastive, reconstruction = losses(model, step, *batch)
         update(optimizer, step)
         rows.append([loss.item(), contrastive.item(), reconstruction.item()])
     far = np.abs(np.array(rows) / golden["trajectory_loss_contrastive_mse"] - 1).max(axis=1)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nsi.errors import UserError
 from nsi.noise import KeyedNoise
 from nsi.schema_encoder import SchemaEncoder
 
@@ -51,6 +52,24 @@ def test_order_and_padding_never_change_an_embedding(lengths, seed, num_blocks):
     order = torch.randperm(T, generator=torch.Generator().manual_seed(seed))
     permuted_BTE, _ = m(labels_BT3[:, order], positions_BT3[:, order], objects_BT[:, order], noise)
     close(permuted_BTE[objects_BT[:, order]], embeddings_BTE[:, order][objects_BT[:, order]])
+
+
+def test_padding_that_is_attended_to_is_an_object_of_the_named_ids():
+    labels_BT3, positions_BT3, objects_BT, noise = schemas([3])
+    padding = ~objects_BT
+    named, everything = encoder(attend_padding=True, padding_labels=(2, 1, 5)), torch.ones_like(objects_BT)
+    positions_BT3[padding] = 0.0
+    given, _ = named(labels_BT3, positions_BT3, objects_BT, noise)
+    written_BT3 = labels_BT3.clone()
+    written_BT3[padding] = torch.tensor([2, 1, 5])
+    close(given, encoder(attend_padding=True)(written_BT3, positions_BT3, everything, noise)[0])
+    written_BT3[padding] = 0
+    close(
+        encoder(attend_padding=True)(labels_BT3, positions_BT3, objects_BT, noise)[0],
+        encoder(attend_padding=True)(written_BT3, positions_BT3, everything, noise)[0],
+    )
+    with pytest.raises(UserError, match="--padding_labels"):
+        encoder(attend_padding=True, padding_labels=(3, 0, 0))
 
 
 def test_one_scene_alone_is_the_scene_in_its_batch():

@@ -11,9 +11,9 @@ from nsi.slot_attention import SlotAttention
 B, P, F, N, D = 2, 7, 5, 3, 6
 
 
-def module(num_heads=1, iterations=2) -> SlotAttention:
+def module(num_heads=1, iterations=2, **options) -> SlotAttention:
     torch.manual_seed(0)
-    return SlotAttention(F, D, 8, iterations, num_heads).double()
+    return SlotAttention(F, D, 8, iterations, num_heads, N, **options).double()
 
 
 def inputs():
@@ -74,6 +74,56 @@ def test_slots_and_patches_are_sets():
 def test_heads_must_divide_the_slot():
     with pytest.raises(ValueError, match="4 heads"):
         module(num_heads=4)
+
+
+@pytest.mark.parametrize("start", ["noise", "learned"])
+def test_bilevel_has_the_same_slots_and_the_gradient_of_the_last_iteration(start):
+    features_BPF, noise_BND = inputs()
+    whole, bilevel = module(iterations=3, start=start), module(iterations=3, start=start, bilevel=True)
+    slots_BND, attention_BNP = bilevel(features_BPF, noise_BND)
+    expected_BND, expected_BNP = whole(features_BPF, noise_BND)
+    torch.testing.assert_close(slots_BND, expected_BND, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(attention_BNP, expected_BNP, rtol=1e-12, atol=1e-12)
+    slots_BND.square().sum().backward()
+
+    # The textbook of it: two iterations whose result is a constant, plus a start whose value is 0 and gradient is 1.
+    other = module(iterations=2, start=start)
+    with torch.no_grad():
+        reached_BND, _ = other(features_BPF, noise_BND)
+    inputs_BPF = other.norm_inputs(other.input_mlp(other.input_norm(features_BPF)))
+    k_BHPK = other._split(other.project_k(inputs_BPF)) * D**-0.5
+    v_BHPK = other._split(other.project_v(inputs_BPF))
+    start_BND = other._start(noise_BND)
+    last_BND, _ = other._iterate(reached_BND + start_BND - start_BND.detach(), k_BHPK, v_BHPK)
+    last_BND.square().sum().backward()
+    for (name, one), two in zip(bilevel.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-9, atol=1e-12, msg=name)
+        assert one.grad.any(), name
+
+
+def test_learned_starts_are_each_slots_own_and_nothing_is_drawn():
+    m = module(start="learned")
+    features_BPF, noise_BND = inputs()
+    slots_BND, _ = m(features_BPF, noise_BND)
+    again_BND, _ = m(features_BPF, noise_BND + 1)
+    assert torch.equal(slots_BND, again_BND)
+    order = torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        m.slot_starts.copy_(m.slot_starts[order])
+    torch.testing.assert_close(m(features_BPF, noise_BND)[0], slots_BND[:, order], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_slots_keep_float32_in_half_precision(dtype):
+    """Patches in 8 or 11 bits, the competition in 24: slots stay near the exact ones."""
+    m = SlotAttention(F, D, 8, 8)
+    features_BPF, noise_BND = (x.float() for x in inputs())
+    exact_BND, exact_BNP = m(features_BPF, noise_BND)
+    slots_BND, attention_BNP = m.to(dtype)(features_BPF.to(dtype), noise_BND)
+    assert slots_BND.dtype == attention_BNP.dtype == torch.float32
+    torch.testing.assert_close(attention_BNP.sum(dim=1), torch.ones(B, P))  # to 1e-5: bfloat16 would miss by 1e-3
+    torch.testing.assert_close(slots_BND, exact_BND, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(attention_BNP, exact_BNP, rtol=0, atol=0.05)
 
 
 def test_initialisation():

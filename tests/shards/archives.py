@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from shards.sources.folder import list_folder
-from shards.sources.listing import Folder, read_scenes
+from shards.sources.listing import Folder, places_in, read_scenes
 from shards.sources.scene import Place, read_place
 
 ROOT = "clevrtexv2_full"
@@ -24,7 +24,7 @@ def files_of(scenes: Path, count: int) -> Files:
     files = []
     for folder in list_folder(scenes)[:count]:
         inside = Path(folder.name).relative_to(scenes)
-        files += [(f"{inside}/{name}", read_place(place)) for name, place in sorted(folder.members.items())]
+        files += [(f"{inside}/{name}", read_place(place)) for name, place in sorted(places_in(folder).items())]
         files += [(f"{inside}/{inside.name}_{each}_0003.png", each.encode() * 700) for each in ("depth", "shadow")]
     return files
 
@@ -63,7 +63,8 @@ def scenes_in(folders: Sequence[Folder]) -> dict[str, list[bytes]]:
 def bytes_in(folders: Sequence[Folder]) -> Mapping[str, Mapping[str, bytes]]:
     """The bytes of every member, by folder and name."""
     return {
-        folder.name: {name: read_place(place) for name, place in sorted(folder.members.items())} for folder in folders
+        folder.name: {name: read_place(place) for name, place in sorted(places_in(folder).items())}
+        for folder in folders
     }
 
 

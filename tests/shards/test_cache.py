@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import mmap
 import os
 import random
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,9 +36,9 @@ WORKER = """if True:
     from pathlib import Path
     from shards.reading.cache import ShardCache
     from shards.reading.storage import Retries, open_storage
-    url, folder, limit, fingerprint, name, size, sha256 = sys.argv[1:]
+    url, folder, limit, fingerprint, name, size, xxh3_128 = sys.argv[1:]
     storage = open_storage(url, Retries(limit=3, first_wait_s=0.001, timeout_s=60))
-    print(ShardCache(Path(folder), int(limit)).get(storage, fingerprint, name, int(size), sha256))
+    print(ShardCache(Path(folder), int(limit)).get(storage, fingerprint, name, int(size), xxh3_128))
 """
 
 
@@ -59,16 +59,16 @@ def cache(tmp_path: Path) -> ShardCache:
     return ShardCache(tmp_path / "cache", 3 * SHARD)
 
 
-def sha256(name: str) -> str:
-    return hashlib.sha256(FILES[name]).hexdigest()
+def checksum(name: str) -> str:
+    return xxhash.xxh3_128_hexdigest(FILES[name])
 
 
 def get(cache: ShardCache, storage: Storage, name: str) -> Path:
-    return cache.get(storage, FINGERPRINT, name, SHARD, sha256(name))
+    return cache.get(storage, FINGERPRINT, name, SHARD, checksum(name))
 
 
 def get_if_free(cache: ShardCache, storage: Storage, name: str) -> Path | None:
-    return cache.get_if_free(storage, FINGERPRINT, name, SHARD, sha256(name))
+    return cache.get_if_free(storage, FINGERPRINT, name, SHARD, checksum(name))
 
 
 def copies(cache: ShardCache) -> list[str]:
@@ -86,7 +86,7 @@ def in_thread(work: Any) -> threading.Thread:
 
 
 def start_process(cache: ShardCache, storage: Storage, name: str) -> subprocess.Popen:
-    arguments = [storage.location, cache.folder, cache.limit_bytes, FINGERPRINT, name, SHARD, sha256(name)]
+    arguments = [storage.location, cache.folder, cache.limit_bytes, FINGERPRINT, name, SHARD, checksum(name)]
     command = [sys.executable, "-c", WORKER, *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -114,7 +114,7 @@ def test_a_hit_asks_nobody(cache: ShardCache, storage: Storage, server: FileServ
 def test_data_sets_do_not_mix(cache: ShardCache, storage: Storage, server: FileServer) -> None:
     first = get(cache, storage, A)
     server.files[A] = FILES[B]
-    second = cache.get(storage, "f" * 64, A, SHARD, sha256(B))
+    second = cache.get(storage, "f" * 64, A, SHARD, checksum(B))
     assert (first.read_bytes(), second.read_bytes()) == (FILES[A], FILES[B])
 
 
@@ -150,9 +150,9 @@ def test_a_download_that_was_damaged_is_made_again(
 
 def test_a_flipped_byte_in_the_servers_copy(cache: ShardCache, storage: Storage, server: FileServer) -> None:
     server.faults[A].extend([FLIP] * QUICK.limit)
-    with pytest.raises(UserError, match=f"^{storage.location}/{A}: downloaded 3 times, its sha256 is ") as error:
+    with pytest.raises(UserError, match=f"^{storage.location}/{A}: downloaded 3 times, its xxh3-128 is ") as error:
         get(cache, storage, A)
-    assert f"the manifest says {sha256(A)[:12]}" in str(error.value)
+    assert f"the manifest says {checksum(A)[:12]}" in str(error.value)
     assert server.asked(A) == QUICK.limit
     assert copies(cache) == []
     assert leftovers(cache) == []
@@ -185,7 +185,7 @@ def test_what_was_used_longest_ago_goes_first(cache: ShardCache, storage: Storag
 
 
 def test_an_older_data_set_goes_too(cache: ShardCache, storage: Storage) -> None:
-    old = cache.get(storage, "f" * 64, A, SHARD, sha256(A))
+    old = cache.get(storage, "f" * 64, A, SHARD, checksum(A))
     for name in (B, C, D):
         get(cache, storage, name)
     assert not old.exists()
@@ -235,7 +235,7 @@ def test_the_limit_holds(
     kept: list[int] = []  # the least recently used first
     for shard in order:
         data = bytes([shard]) * sizes[shard]
-        path = cache.get(storage, FINGERPRINT, f"{shard}.tar", len(data), hashlib.sha256(data).hexdigest())
+        path = cache.get(storage, FINGERPRINT, f"{shard}.tar", len(data), xxhash.xxh3_128_hexdigest(data))
         assert path.read_bytes() == data
         if shard in kept:
             kept.remove(shard)

@@ -35,7 +35,7 @@ def manifest_of(samples: Sequence[int] | np.ndarray, bytes_: Sequence[int] | np.
         "train",
         np.asarray(samples, np.int64),
         np.asarray(bytes_, np.int64),
-        np.zeros((len(samples), 32), np.uint8),
+        np.zeros((len(samples), 16), np.uint8),
         np.zeros((len(samples), 32), np.uint8),
     )
     return Manifest("full", (320, 240), None, 10, "none", "official", "", Vocabulary((), (), ()), {"train": table})
@@ -81,7 +81,7 @@ def test_a_small_run_by_hand() -> None:
     assert found.indexes.bytes_a_rank_about == pytest.approx(about)
     assert found.indexes.bytes_a_node_about == pytest.approx(2 * about)
     assert found.indexes.read_once
-    assert found.memory.bytes_a_rank == 4 * 80 + 4 * 89 + index_size(3, 5, 2, 6)
+    assert found.memory.bytes_a_rank == 4 * 64 + 4 * 89 + index_size(3, 5, 2, 6)
     assert found.memory.bytes_a_node == 2 * found.memory.bytes_a_rank
 
 
@@ -270,7 +270,7 @@ def test_memory_is_what_the_columns_and_the_order_take(tmp_path: Path) -> None:
     found = needs(samples.tolist(), 1, 1, 1000)
     manifest = manifest_of(samples, samples)
     table = manifest.splits["train"]
-    columns = (table.samples_S, table.bytes_S, table.sha256_S32, table.index_sha256_S32)
+    columns = (table.samples_S, table.bytes_S, table.xxh3_128_S16, table.index_sha256_S32)
     assert found.memory.manifest_bytes_a_rank == sum(column.nbytes for column in columns)
     tracemalloc.start()
     try:

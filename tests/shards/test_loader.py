@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import itertools
 import os
 import shutil
@@ -273,6 +274,19 @@ def test_alpha_is_dropped_and_frames_are_squashed(tmp_path: Path) -> None:
     image = decode_image(path.read_bytes(), 24)
     assert image.shape == (24, 24, 3)
     assert (image == [200, 0, 0]).all()
+
+
+def test_frames_go_by_way_of_another_size_on_request(shards: Path) -> None:
+    split = open_split(shards, "test")
+    shape = SceneShape(32, 10, squash_size=16)
+    with open_workers(1) as workers:
+        (batch,) = whole_split(split, shape, len(split), 0, 1, workers)
+    for sample, image_CHW in enumerate(batch.images_BCHW.numpy()):
+        data = split.read(sample, "image")
+        picture = Image.open(io.BytesIO(data)).convert("RGB").resize((16, 16), Image.Resampling.HAMMING)
+        expected = np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC))
+        assert np.array_equal(image_CHW.transpose(1, 2, 0), expected)
+        assert not np.array_equal(decode_image(data, 32), expected)
 
 
 def test_masks_keep_their_ids(tmp_path: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from nsi.errors import UserError
 from shards.reading.cache import ShardCache
@@ -52,7 +52,7 @@ def cache(tmp_path: Path) -> ShardCache:
 
 
 def span(name: str, offset: int, size: int) -> Span:
-    return Span(name, len(FILES[name]), hashlib.sha256(FILES[name]).hexdigest(), offset, size)
+    return Span(name, len(FILES[name]), xxhash.xxh3_128_hexdigest(FILES[name]), offset, size)
 
 
 def some_spans(number: int) -> list[Span]:
@@ -149,8 +149,8 @@ def test_a_map_outlives_its_copy(server: FileServer, cache: ShardCache) -> None:
 class Crowded(ShardCache):
     """A cache whose copies other processes evict before they are opened, so many times."""
 
-    def get(self, storage: Storage, fingerprint: str, name: str, size: int, sha256: str) -> Path:
-        path = super().get(storage, fingerprint, name, size, sha256)
+    def get(self, storage: Storage, fingerprint: str, name: str, size: int, xxh3_128: str) -> Path:
+        path = super().get(storage, fingerprint, name, size, xxh3_128)
         evictions = path.with_name("evictions")
         done = evictions.stat().st_size if evictions.exists() else 0
         if done < self.limit_bytes // 100_000:
@@ -194,5 +194,5 @@ def test_a_span_beyond_the_end(folder: Path) -> None:
 
 def test_a_flipped_byte_does_not_reach_the_reader(server: FileServer, cache: ShardCache) -> None:
     server.faults[A].extend([FLIP] * 100)
-    with pytest.raises(UserError, match=f"{A}: downloaded 3 times, its sha256 is"):
+    with pytest.raises(UserError, match=f"{A}: downloaded 3 times, its xxh3-128 is"):
         SpanReader(open_storage(server.url, QUICK), cache, FINGERPRINT).read([span(A, 0, 10)])

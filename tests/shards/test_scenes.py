@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,6 +77,16 @@ def test_v1_layout(scene: Path) -> None:
     assert found.image.path == str(scene / "CLEVRTEX_full_000000.png")
     assert found.mask.path == str(scene / "CLEVRTEX_full_000000_flat.png")
     pack_one(scene)
+
+
+@pytest.mark.parametrize("name", ["CLEVRTEXv2_full_000000.json", "CLEVRTEXv2_full_000000_0003.png"])
+@pytest.mark.parametrize("kind", [stat.S_IFIFO, stat.S_IFSOCK])
+def test_a_pipe_with_a_scenes_name(tmp_path: Path, name: str, kind: int) -> None:
+    """Reading one would wait for ever."""
+    os.mknod(tmp_path / name, kind | 0o600)
+    (tmp_path / "CLEVRTEXv2_full_000001.json").write_bytes(b"{}")
+    with pytest.raises(UserError, match=f"^{tmp_path / name}: no plain file, though it has a scene's name; remove it$"):
+        read_scenes(list_folder(tmp_path))
 
 
 def test_missing_folder(tmp_path: Path) -> None:

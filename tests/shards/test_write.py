@@ -386,11 +386,50 @@ def test_leftovers_of_the_dead_are_removed(tmp_path: Path) -> None:
     assert sorted(path.name[0] for path in tmp_path.iterdir()) == ["b", "c", "n"]
 
 
-def test_a_complete_folder_that_lost_a_shard(found: Survey, shards: Path, tmp_path: Path) -> None:
+def test_a_complete_folder_that_lost_shards_gets_them_back(found: Survey, shards: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(shards, tmp_path / "copy"))
     os.truncate(copy / "train-000001.tar", 1000)
-    with pytest.raises(UserError, match=r"train-000001.tar: missing or cut, though .* was complete"):
-        write(found, copy)
+    (copy / "train-000002.tar").unlink()
+    index_path(copy / "val-000000.tar").unlink()
+    kept = {path: path.stat().st_mtime_ns for path in copy.glob("train-00000[034].*")}
+    write(found, copy)
+    assert contents(copy) == contents(shards)
+    assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
+
+
+def test_a_lost_shard_whose_scenes_are_others_now(scenes: Path, shards: Path, tmp_path: Path) -> None:
+    """The same JSONs and sizes, so that the pictures' bytes alone can tell."""
+    copy = Path(shutil.copytree(scenes, tmp_path / "scenes"))
+    picture = sorted(path for path in copy.rglob("*_0003.png") if "flat" not in path.name)[30]
+    data = bytearray(picture.read_bytes())
+    data[100] ^= 1
+    picture.write_bytes(data)
+    out = Path(shutil.copytree(shards, tmp_path / "out"))
+    (out / "train-000001.tar").unlink()
+    with pytest.raises(UserError, match=r"train-000001.tar: missing or cut, and its scenes have other bytes"):
+        make_shards(copy, out)
+    assert not list(out.glob("*.tmp"))
+
+
+def test_another_run_in_the_same_folder_is_told_so(found: Survey, shards: Path, tmp_path: Path) -> None:
+    """The first run is another process, which is killed in the end: nothing of it keeps the folder locked."""
+    out = tmp_path / "out"
+    out.mkdir()
+    holding = f"from shards.writing.disk import held\nfrom pathlib import Path\nwith held(Path({str(out)!r}), {{}}):\n"
+    command = [sys.executable, "-c", holding + "    print(flush=True)\n    input()"]
+    for shared in (False, True):
+        code = [*command[:2], command[2].format(shared)]
+        with subprocess.Popen(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+            assert first.stdout is not None
+            first.stdout.readline()
+            with pytest.raises(UserError, match=f"^{out}: another `nsi shard` is writing there; wait for its end"):
+                write(found, out)
+            assert list(out.iterdir()) == []
+            if shared:
+                write_part(found, out, 1, 2)
+            first.kill()
+    write(found, out)
+    assert contents(out) == contents(shards)
 
 
 def test_a_kill_after_the_manifest_leaves_nothing(found: Survey, shards: Path, tmp_path: Path) -> None:
@@ -507,8 +546,8 @@ def test_an_edited_manifest_is_refused(copy: Path) -> None:
 
 def test_a_newer_manifest_is_refused(copy: Path) -> None:
     path = copy / MANIFEST
-    path.write_text(path.read_text().replace('"format": 2', '"format": 99'))
-    with pytest.raises(UserError, match="format 99, but this version reads 2; upgrade"):
+    path.write_text(path.read_text().replace('"format": 3', '"format": 99'))
+    with pytest.raises(UserError, match="format 99, but this version reads 3; upgrade"):
         read_manifest(copy)
 
 

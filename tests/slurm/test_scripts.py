@@ -28,6 +28,9 @@ STEPS = {
     "steps": 10,
     "images": 160,
     "data_wait_seconds": 1.0,
+    "nonfinite_steps": 0,
+    "overflows": 0,
+    "loss_scale": 1.0,
 }
 
 
