@@ -48,8 +48,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Writes a checkpoint so that it is whole or not there; one of the same step is replaced."""
+def write_checkpoint(folder: Path, checkpoint: Checkpoint, is_replaced: Callable[[], bool] = lambda: False) -> Path:
+    """Writes a checkpoint so that it is whole or not there; one of the same step is replaced. Returns its place.
+
+    Nothing is left of it where `is_replaced` says, once all is written, that another attempt has taken over meanwhile.
+    """
     target = checkpoint_path(folder, checkpoint.step)
     temporary = folder / f".{target.name}.attempt-{checkpoint.attempt:04d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -70,6 +73,9 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     for name in names:
         sync(temporary / name)
     marks = {name: _sha256(temporary / name) for name in names}
+    if is_replaced():
+        shutil.rmtree(temporary)
+        return target
     if target.exists():  # torn, or written by an attempt that came to this step before
         shutil.rmtree(target)
     temporary.rename(target)
@@ -121,11 +127,20 @@ def verify_checkpoint(path: Path) -> None:
         raise UserError(f"{path}: {', '.join(torn)} changed since it was written; remove the checkpoint")
 
 
-def newest_verified(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies, or None; `warn` is told of each newer one that does not."""
+def newest_verified(
+    folder: Path, warn: Callable[[str], None], is_void: Callable[[int, int], bool] = lambda step, attempt: False
+) -> Path | None:
+    """The newest checkpoint that verifies, or None; `warn` is told of each newer one that does not.
+
+    `is_void` says of a step and an attempt whether another attempt has gone on from before that step: such a
+    checkpoint came late, from a node that was cut off, say, and the steps that led to it count no more.
+    """
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             verify_checkpoint(path)
+            state = json.loads((path / STATE).read_text())
+            if is_void(state["step"], state["attempt"]):
+                raise UserError(f"{path}: attempt {state['attempt']} wrote it after another had taken over")
             return path
         except UserError as error:
             warn(f"passed over a checkpoint: {error}")
@@ -188,7 +203,7 @@ class CheckpointWriter:
 
     def _write(self, checkpoint: Checkpoint, keep_also: frozenset[int]) -> None:
         try:
-            write_checkpoint(self._folder, checkpoint)
+            write_checkpoint(self._folder, checkpoint, self._is_replaced)
             prune(self._folder, self._keep_last, keep_also)
         except Exception as error:  # safetensors has errors of its own; none may get lost in this thread
             self._error = error

@@ -51,10 +51,12 @@ class Engine:
         weight_decay: float,
         default_config: Path,
         clip_only: tuple[str, ...] = (),
+        undecayed: frozenset[str] = frozenset(),
     ) -> None:
         """`micro_rows` rows a forward, `micro_batches` forwards a step: DeepSpeed insists on their product.
 
         `clip_only`: how the names of the parameters begin that are clipped, by their own norm; empty for all.
+        `undecayed`: the names of those that weight decay leaves alone.
         """
         self._ds = _import_deepspeed(config.precision)
         self._stage = config.zero_stage
@@ -68,12 +70,13 @@ class Engine:
             micro_batches,
             0.0 if clip_only else grad_clip,
         )
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay)
+        optimizer = torch.optim.AdamW(parameter_groups(module, weight_decay, undecayed), lr=0.0)
         self._engine, self._optimizer, _, _ = self._ds.initialize(
             model=module, optimizer=optimizer, config=settings, dist_init_required=False
         )
         self._steps = 0
+        # Now and not in the first step, after whose first group DeepSpeed links its views to the state of all groups.
+        self._make_moments()
         self._clip_apart = [p for name, p in self._trained() if clip_only and name.startswith(clip_only)]
         self._grad_clip = grad_clip
         self._scaler = None
@@ -146,8 +149,6 @@ class Engine:
         get = self._ds.utils
         parameters: dict[str, torch.Tensor] = {}
         moments: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in MOMENTS}
-        if self._steps == 0:
-            self._make_moments(0)
         for name, parameter in self._trained():
             if self._stage == 0:
                 found = self._optimizer.state[parameter]
@@ -166,8 +167,9 @@ class Engine:
         The same parameters must have been loaded into the module before DeepSpeed took it: what is set here are the
         float32 masters, which DeepSpeed would otherwise round to the training precision.
         """
-        self._make_moments(state.optimizer_steps)
         self._steps = state.optimizer_steps
+        for moments in self._adam.state.values():
+            moments["step"].fill_(float(self._steps))
         if self._scaler is not None and state.loss_scale:
             write_loss_scale(self._scaler, state.loss_scale)
         for name, parameter in self._trained():
@@ -198,14 +200,18 @@ class Engine:
         else:
             set_moment(parameter, value, moment)
 
-    def _make_moments(self, steps: int) -> None:
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        return self._optimizer if self._stage == 0 else self._optimizer.optimizer
+
+    def _make_moments(self) -> None:
         """Gives Adam its state before its first step, and ZeRO 1 and 2 their views into it."""
-        adam = self._optimizer if self._stage == 0 else self._optimizer.optimizer
+        adam = self._adam
         # ZeRO 3 hands Adam one partition at a time and takes it away again.
         held = [tensor for group in adam.param_groups for tensor in group["params"]]
         for tensor in self._optimizer.fp32_partitioned_groups_flat if self._stage == 3 else held:
             adam.state[tensor] = {
-                "step": torch.tensor(float(steps)),
+                "step": torch.tensor(0.0),
                 **{moment: torch.zeros_like(tensor, dtype=torch.float32) for moment in MOMENTS},
             }
         if self._stage in (1, 2):
@@ -226,6 +232,17 @@ class Engine:
         else:
             self._engine.zero_grad()
         return Stepped(norm, math.isfinite(norm))
+
+
+def parameter_groups(module: nn.Module, weight_decay: float, undecayed: frozenset[str]) -> list[dict[str, Any]]:
+    """AdamW's groups: what is decayed, and what is not, as far as there is anything in them."""
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    spared = undecayed if weight_decay else frozenset()
+    groups = [
+        {"params": [p for name, p in trained if name not in spared], "weight_decay": weight_decay},
+        {"params": [p for name, p in trained if name in spared], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _overflows_always() -> UserError:

@@ -17,6 +17,9 @@ METRIC_KEYS = (
     "images_per_second",
     "world_size",
     "zero_stage",
+    "nonfinite_steps",
+    "overflows",
+    "loss_scale",
 )
 
 

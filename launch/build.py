@@ -51,8 +51,14 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"--backbone_weights {path}: no such file") from None
-    except Exception as error:  # torch and safetensors raise a dozen kinds for a file that is not theirs
-        raise UserError(f"--backbone_weights {path}: not a weights file ({str(error).splitlines()[0]})") from None
+    except OSError as error:
+        raise UserError(f"--backbone_weights {path}: cannot be read ({error.strerror or error})") from None
+    except Exception:  # torch and safetensors raise a dozen kinds for a file that is not theirs
+        # In our own words: torch's advice is to read it with weights_only=False, which runs the code in it.
+        raise UserError(
+            f"--backbone_weights {path}: not a weights file, or cut; code in a file is not executed: "
+            "save model.state_dict() alone and give that file"
+        ) from None
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f"--backbone_weights {path}: not a state dict; save model.state_dict() and give that file")
     return content

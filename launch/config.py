@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -114,7 +115,7 @@ class OptimConfig:
     """Whose gradient is clipped: that of all parameters by one norm, or, as in the public code, that of slot attention,
     decoder and slot embedding by its own norm, and the schema encoder's never."""
     weight_decay: float = 0.0
-    """Weight decay of AdamW, which without it is Adam."""
+    """Weight decay of AdamW, which without it is Adam. Norms, biases and tables are spared."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,9 @@ class TrainConfig:
 
 def check(config: TrainConfig) -> None:
     """Raises UsageError for values that no run could use."""
+    for name, value in flag_values(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"--{name} {value}: must be a finite number")
     positive = {
         "batch_size": config.optim.batch_size,
         "lr": config.optim.lr,

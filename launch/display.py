@@ -26,9 +26,10 @@ def describe(event: Event) -> str:
     """A logged step, a validation or damage in a few words."""
     facts = event.facts
     if event.kind == "steps":
+        left_out = f"  LEFT OUT: {facts['nonfinite_steps']} steps, not finite" if facts["nonfinite_steps"] else ""
         return (
             f"epoch {facts['epoch']:.2f}  loss {facts['loss']:.4f} (contrastive {facts['contrastive']:.4f}, "
-            f"reconstruction {facts['reconstruction']:.4f})  {facts['images_per_second']:.0f} images/s"
+            f"reconstruction {facts['reconstruction']:.4f})  {facts['images_per_second']:.0f} images/s{left_out}"
         )
     if event.kind == "bad_samples":
         return f"damaged scenes passed over: {facts['count']}, the last: {facts['faults'][-1]}"
@@ -48,8 +49,9 @@ def _lines(total: int, start: int) -> Sink:
             began = now
         if event.kind not in ("steps", "validation", "bad_samples"):
             return
-        # Validations, damage, the first and the last line are always shown.
-        if event.kind == "steps" and event.step < total and now - last < PLAIN_EVERY_S:
+        # Validations, damage, steps that were left out, the first and the last line are always shown.
+        plain = event.kind == "steps" and not event.facts["nonfinite_steps"]
+        if plain and event.step < total and now - last < PLAIN_EVERY_S:
             return
         last = now
         left = (now - began) / max(1, event.step - start) * (total - event.step)
@@ -76,7 +78,7 @@ def _bar(total: int, start: int) -> Iterator[Sink]:
         def show(event: Event) -> None:
             if event.kind == "steps":
                 bar.update(task, completed=event.step, description=describe(event))
-            elif event.kind in ("validation", "bad_samples"):
+            if event.kind in ("validation", "bad_samples") or event.facts.get("nonfinite_steps"):
                 bar.console.print(f"step {event.step}/{total}  {describe(event)}")
 
         yield show

@@ -216,6 +216,11 @@ def _figures(
     primitives_STE = torch.stack([result.primitives_TE for result in results])
     objects_ST = torch.stack([result.objects_T for result in results])
     scores_SS = maxsim(slots_SNE, primitives_STE, objects_ST, trained.loss.score)
+    if not scores_SS.isfinite().all():
+        raise UserError(
+            "the model gives scores that are no finite numbers, so its weights have gone astray; evaluate an earlier "
+            "checkpoint with --checkpoint"
+        )
     groups_S = schema_groups(
         torch.stack([result.labels_T3 for result in results]),
         objects_ST,

@@ -37,6 +37,7 @@ from nsi.backbone import Backbone, TimmBackbone, parameters_hash
 from nsi.errors import UsageError, UserError
 from nsi.model import NeuralSlotInterpreter
 from nsi.reference_names import FROZEN, from_reference
+from nsi.reference_sizes import reference_sizes, size_along
 from nsi.schema import LABELS, Vocabulary
 from shards.manifest import Manifest
 from shards.reading.dataset import load_manifest
@@ -88,9 +89,16 @@ def run(config: ImportConfig) -> None:
     """Reads FILE, and writes RUN or raises UserError with the key, the shapes or the name that does not fit."""
     if config.run.exists() and not (config.run.is_dir() and not any(config.run.iterdir())):
         raise UserError(f"{config.run}: is there already, and nothing is overwritten; choose another folder")
+    if config.max_program_len < 1:
+        raise UsageError(f"--max_program_len {config.max_program_len}: must be above 0")
     theirs, passed_over = _read_file(config.file)
     names = _read_names(config.program2label or config.file.parent / PROGRAM_TO_LABEL)
     manifest = load_manifest(open_storage(config.data_path)) if config.data_path else None
+    if manifest and manifest.max_objects > config.max_program_len:
+        raise UserError(
+            f"{config.data_path}: has scenes of {manifest.max_objects} objects, more than --max_program_len "
+            f"{config.max_program_len}; give the one that the model was trained with"
+        )
     vocabulary = manifest.vocabulary if manifest else Vocabulary.of(*names.ids)
     left_out = _to_our_ids(theirs, config, names, vocabulary)
     frozen = {key.removeprefix(FROZEN): theirs.pop(key) for key in list(theirs) if key.startswith(FROZEN)}
@@ -134,6 +142,9 @@ def _read_file(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
             raise UserError(f"{path}: has no state dict {module!r}; it has {', '.join(map(str, content)) or 'nothing'}")
         # DataParallel puts the module that it wraps under this name.
         theirs |= {f"{module}.{str(key).removeprefix('module.')}": value for key, value in state.items()}
+    for key, value in theirs.items():
+        if not value.isfinite().all():
+            raise UserError(f"{path}: {key} holds numbers that are not finite; take another checkpoint of that run")
     return theirs, [str(name) for name in content if name not in MODULES]
 
 
@@ -170,8 +181,8 @@ def _to_our_ids(
                 "give the shards and the file that belong to the model"
             )
         key = f"program_encoder.{label}_embedding.weight"
-        if key not in theirs:
-            raise UserError(f"{config.file}: lacks {key}")
+        if key not in theirs or theirs[key].ndim != 2:
+            raise UserError(f"{config.file}: lacks {key}, a table")
         rows, last = len(theirs[key]), max(ours, key=lambda name, ids=ids: ids[name])
         if ids[last] >= rows:
             raise UserError(
@@ -204,11 +215,11 @@ def _backbone(
     """The frozen ViT, and the size of its images: as many patches as the decoder has positions, in a square."""
     if not frozen:
         raise UserError(f"lacks {FROZEN}*, the weights of the frozen ViT")
-    positions = _size(theirs, "slot_encoder.decoder.postional_encoding.weight", 0)
+    positions = size_along(theirs, "slot_encoder.decoder.postional_encoding.weight", 0)
     side = math.isqrt(positions)
     if side**2 != positions:
         raise UserError(f"slot_encoder.decoder.postional_encoding.weight has {positions} rows, which are no square")
-    image_size = side * _size(frozen, "patch_embed.proj.weight", 3, FROZEN)
+    image_size = side * size_along(frozen, "patch_embed.proj.weight", 3, FROZEN)
     return TimmBackbone(name, image_size, frozen, normalize=False), image_size
 
 
@@ -217,20 +228,14 @@ def _train_config(
 ) -> TrainConfig:
     """The reference recipe in the sizes of the weights."""
     reference = recipe_defaults("reference", TrainConfig(config.data_path, config.run))
-    blocks = [re.match(r"program_encoder\.encoder\.blocks\.(\d+)\.", key) for key in theirs]
     model = replace(
         reference.model,
         num_slots=config.num_slots,
         num_iterations=config.num_iterations,
         num_slot_heads=config.num_slot_heads,
         num_heads=config.num_heads,
-        num_blocks=max((int(block[1]) + 1 for block in blocks if block), default=0),
-        slot_dim=_size(theirs, "slot_encoder.embed_proj.weight", 1),
-        embed_dim=_size(theirs, "slot_encoder.embed_proj.weight", 0),
-        mlp_hidden_size=_size(theirs, "slot_encoder.slot_attn.slot_attention.mlp.0.weight", 0),
-        decoder_hidden_dim=_size(theirs, "slot_encoder.decoder.mlp.0.weight", 0),
-        d_model=_size(theirs, "program_encoder.size_embedding.weight", 1),
         padding_labels=padding,
+        **reference_sizes(theirs),
     )
     return replace(
         reference,
@@ -242,15 +247,6 @@ def _train_config(
         ),
         model=model,
     )
-
-
-def _size(tensors: Mapping[str, torch.Tensor], key: str, axis: int, prefix: str = "") -> int:
-    if key not in tensors:
-        raise UserError(f"lacks {prefix}{key}")
-    shape = tuple(tensors[key].shape)
-    if len(shape) <= axis:
-        raise UserError(f"{prefix}{key} has the shape {shape}, which has too few axes")
-    return shape[axis]
 
 
 def _write(

@@ -67,6 +67,14 @@ def suspects(found: dict[str, Any]) -> str:
     return f"in {len(broken)} of {len(found['samples'])} scenes, beginning with their {first}: {names}"
 
 
+def advice(found: dict[str, Any]) -> str:
+    """What to do about it."""
+    features = [scene["largest"]["features"] for scene in found["samples"]]
+    if all(map(math.isfinite, features)):
+        return "start a fresh --log_path with a lower --lr or more --lr_warmup_steps"
+    return "the model is not at fault: check --backbone_weights, or write the feature store again"
+
+
 def write_report(path: Path, found: dict[str, Any]) -> None:
     """The report as JSON; numbers that are not finite stand as text."""
     path.write_text(json.dumps(_speakable(found), indent=1) + "\n")

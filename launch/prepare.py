@@ -77,14 +77,15 @@ def prepare(config: TrainConfig, speak: bool, first_of_node: bool) -> Parts:
     else:
         backbone = make_backbone(config.backbone, config.data.image_size)
         backbone_hash = parameters_hash(backbone)
+    warn = _warn if speak else lambda text: None
     restored = find_checkpoint(config, train_split, backbone_hash, speak)
     model = make_model(config, train_split.manifest.vocabulary, backbone)
     if restored:
         model.load_state_dict(restored.training.parameters)
     elif config.checkpoint_path:
-        load_start(model, config.checkpoint_path, train_split)
+        load_start(model, config.checkpoint_path, config, train_split, backbone_hash, warn)
     if config.engine.compile:
-        compile_model(model, config.engine.zero_stage, _warn if speak else lambda text: None)
+        compile_model(model, config.engine.zero_stage, warn)
     order = Order(train_split.shard_samples, config.optim.seed, config.optim.batch_size)
     shape = _shape(config, train_rows)
     return Parts(*data, train_rows, val_rows, shape, order, backbone, backbone_hash, model, restored)

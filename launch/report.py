@@ -152,6 +152,7 @@ def _facts(recorded: dict[str, Any], metrics: list[dict], attempts: list[Attempt
         "batch": pick(recorded, "config", "optim", "batch_size"),
         "worlds": [world for place, world in enumerate(worlds) if world and world not in worlds[:place]],
         "attempts": len(attempts),
+        "left_out": sum(line.get("nonfinite_steps") or 0 for line in metrics),
         "images_per_second": float(np.median(rates)) if rates else None,
         "started": _time(attempts[0].started) if attempts else None,
         "split_sizes": {split: pick(recorded, "data", split) for split in ("train", "val", "test")},

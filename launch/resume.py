@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.attempt import is_superseded, read_attempts
 from cluster.checkpoint import Checkpoint, newest_verified, read_checkpoint
 from launch import runfolder
 from launch.config import TrainConfig, from_json, science, to_json
@@ -16,6 +17,12 @@ from nsi.errors import UserError
 from nsi.model import NeuralSlotInterpreter
 from nsi.schema import Vocabulary
 from shards.reading.dataset import Split
+
+# Of `science`, what the weights of a model mean and their shapes do not show.
+MODEL = (
+    *("activation", "num_iterations", "num_heads", "num_slot_heads", "attend_padding", "padding_labels"),
+    *("position_dims", "slot_start", "bilevel", "score", "tau", "backbone", "normalization", "squash_size"),
+)
 
 
 @dataclass
@@ -37,7 +44,10 @@ def find_checkpoint(config: TrainConfig, train: Split, backbone_hash: str, speak
         if speak:
             print(f"nsi train: {text}", file=sys.stderr)
 
-    path = newest_verified(folder / runfolder.CHECKPOINTS, warn)
+    attempts = read_attempts(folder / runfolder.ATTEMPTS)
+    path = newest_verified(
+        folder / runfolder.CHECKPOINTS, warn, lambda step, number: is_superseded(step, number, attempts)
+    )
     if path is None:
         return None
     restored = read_checkpoint(path)
@@ -58,10 +68,23 @@ def find_checkpoint(config: TrainConfig, train: Split, backbone_hash: str, speak
     return restored
 
 
-def load_start(model: NeuralSlotInterpreter, path: Path, train: Split) -> None:
-    """Weights of another run's checkpoint into a fresh model."""
+def load_start(
+    model: NeuralSlotInterpreter,
+    path: Path,
+    config: TrainConfig,
+    train: Split,
+    backbone_hash: str,
+    warn: Callable[[str], None],
+) -> None:
+    """Weights of another run's checkpoint into a fresh model; `warn` is told what else than shapes does not agree."""
     start = read_checkpoint(path)
     _check_schema(path, start, train)
+    before, now = science(from_json(TrainConfig, start.facts["config"])), science(config)
+    if before["learned_tau"] and now["learned_tau"] and before["tau"] != now["tau"]:
+        raise UserError(
+            f"{path}: learned its temperature relative to --tau {before['tau']}, this run has {now['tau']}; "
+            f"give --tau {before['tau']} as the checkpoint's run had"
+        )
     try:
         model.load_state_dict(start.training.parameters)
     except RuntimeError as error:
@@ -69,6 +92,11 @@ def load_start(model: NeuralSlotInterpreter, path: Path, train: Split) -> None:
         raise UserError(
             f"{path}: does not fit this model ({reason}); give the flags that it was trained with"
         ) from None
+    changed = [f"--{name} was {before[name]}, is {now[name]}" for name in MODEL if before[name] != now[name]]
+    if start.facts["backbone_hash"] != backbone_hash:
+        changed.append("the backbone has other weights or patches")
+    if changed:
+        warn(f"{path}: trained otherwise than this run, so its weights mean less here: {'; '.join(changed)}")
 
 
 def checkpoint_facts(

@@ -26,7 +26,7 @@ from launch import runfolder
 from launch.config import TrainConfig, check
 from launch.display import training_display
 from launch.meter import Meter
-from launch.nonfinite import is_broken, report, suspects, write_report
+from launch.nonfinite import advice, is_broken, report, suspects, write_report
 from launch.pictures import mask_sheet, pictures
 from launch.prepare import DEEPSPEED_CONFIG, Parts, begin, prepare
 from launch.readings import Readings
@@ -36,6 +36,7 @@ from launch.step import StepResult, StepSettings, training_step
 from launch.validation import validate
 from nsi.batch import Batch
 from nsi.errors import UserError
+from nsi.model import undecayed
 from nsi.reference_names import SLOT_ENCODER
 from shards.loading.feed import on_device
 from shards.loading.loader import refuse_faults, training_batches, whole_split
@@ -130,6 +131,7 @@ class Trainer:
             config.optim.weight_decay,
             DEEPSPEED_CONFIG,
             SLOT_ENCODER if config.optim.clip_scope == "slot_encoder" else (),
+            undecayed(parts.model),
         )
         self.now = Progress(0, Plateau(), {})
         self._saved_step = -1
@@ -182,7 +184,7 @@ class Trainer:
                 if now.step % config.watch.checkpoint_every == 0:
                     self._save()
                 stopped = any_rank(stop.signal is not None)
-        self._save()
+        self._save(at_the_end=True)
         self._saver.wait()
         finished = now.step >= total
         self._log.emit(Event("stop", now.step, time.time(), time.time(), {"finished": finished}))
@@ -205,7 +207,7 @@ class Trainer:
             return batch
 
         checked = map(tolerant if config.data.on_bad_sample == "skip" else refuse_faults, batches)
-        found = validate(self._engine, self._backbone, checked, self._settings)
+        found = validate(self._engine, self._backbone, checked, self._settings, config.model.position_dims)
         if faults:
             self._tell_of_bad_samples(faults)
         figures = share(found.figures)
@@ -228,8 +230,7 @@ class Trainer:
             write_report(path, found)
         raise UserError(
             f"step {step}: the loss or its gradient is not a finite number, {self._broken_steps} steps in a row; "
-            f"{suspects(found)}; {path} has the largest values. "
-            "Start a fresh --log_path with a lower --lr or more --lr_warmup_steps"
+            f"{suspects(found)}; {path} has the largest values; {advice(found)}"
         )
 
     def _flush_readings(self) -> None:
@@ -241,10 +242,14 @@ class Trainer:
         facts = {"count": len(faults), "faults": faults}
         self._log.emit(Event("bad_samples", self.now.step, time.time(), time.time(), facts))
 
-    def _save(self) -> None:
-        """Hands the whole state to the writer, unless this step has been saved, or may be the weights' fault."""
+    def _save(self, at_the_end: bool = False) -> None:
+        """Hands the whole state to the writer, unless this step has been saved.
+
+        Where steps are left out the weights may be at fault, and must not take the place of older ones; at the end
+        they are the last good step's, and all that is left.
+        """
         now = self.now
-        if now.step == self._saved_step or self._broken_steps:
+        if now.step == self._saved_step or (self._broken_steps and not at_the_end):
             return
         t0 = time.time()
         self._flush_readings()

@@ -6,6 +6,7 @@ Shapes: S scenes of the split, N slots, T objects, E embedding size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from cluster.engine import Engine
 from launch.step import StepSettings, features_of
 from nsi.backbone import Backbone
 from nsi.batch import Batch
+from nsi.errors import UserError
 from nsi.loss import Rows, contrastive_sum
 from nsi.maxsim import maxsim
 from nsi.metrics.retrieval import retrieval, schema_groups
@@ -34,13 +36,20 @@ class Validation:
     alphas_BNP: torch.Tensor
 
 
-def validate(engine: Engine, backbone: Backbone, batches: Iterable[Batch], settings: StepSettings) -> Validation:
-    """Losses and retrieval over a split, given this rank's batches of it."""
+def validate(
+    engine: Engine, backbone: Backbone, batches: Iterable[Batch], settings: StepSettings, position_dims: int
+) -> Validation:
+    """Losses and retrieval over a split, given this rank's batches of it.
+
+    Scenes whose schemas agree are each other's twins in retrieval, as far as the model sees them: by the first
+    `position_dims` coordinates. Raises UserError where the loss is no finite number.
+    """
     engine.eval()
     kept: list[Rows] = []
     labels: list[tuple[torch.Tensor, torch.Tensor]] = []
     sums_3 = torch.zeros(3, dtype=torch.float64)  # contrastive, reconstruction, scenes
     shown: tuple[torch.Tensor, torch.Tensor] | None = None
+    tau = math.nan
     with torch.no_grad():
         for cpu_batch in batches:
             batch = cpu_batch.to(_device(backbone, engine))
@@ -59,6 +68,7 @@ def validate(engine: Engine, backbone: Backbone, batches: Iterable[Batch], setti
             if settings.loss.reconstruction == "mean":
                 error = error / features_BPF.shape[-1]
             sums_3 += torch.stack([contrastive, error, batch.rows_B.sum()]).double().cpu()
+            tau = float(output.tau_1)
             kept.append(Rows(*(tensor[batch.rows_B].cpu() for tensor in rows)))
             labels.append((cpu_batch.labels_BT3[cpu_batch.rows_B], cpu_batch.positions_BT3[cpu_batch.rows_B]))
             if shown is None:
@@ -73,20 +83,26 @@ def validate(engine: Engine, backbone: Backbone, batches: Iterable[Batch], setti
         "loss": contrastive + settings.loss.beta * reconstruction,
         "contrastive": contrastive,
         "reconstruction": reconstruction,
+        "tau": tau,
     }
+    if not math.isfinite(figures["loss"]):
+        raise UserError(
+            "validation: the loss over the split is not a finite number, so the weights have gone astray; start a "
+            "fresh --log_path, from an earlier checkpoint (--checkpoint_path) or with a lower --lr"
+        )
     if settings.rank == 0:
-        figures |= _retrieval(everyone, settings)
+        figures |= _retrieval(everyone, settings, position_dims)
     return Validation(figures, *shown)
 
 
-def _retrieval(everyone: list, settings: StepSettings) -> dict[str, float]:
+def _retrieval(everyone: list, settings: StepSettings, position_dims: int) -> dict[str, float]:
     """R@1 and R@5 (mean of both directions, and each), gallery and chance, over all ranks' scenes."""
     rows = [row for kept, _ in everyone for row in kept]
     labels_ST3, positions_ST3 = (torch.cat([pair[k] for _, labels in everyone for pair in labels]) for k in (0, 1))
     slots_SNE, primitives_STE, objects_ST, ids_S, _ = (torch.cat(parts) for parts in zip(*rows, strict=True))
     order_S = ids_S.argsort()
     scores_SS = maxsim(slots_SNE[order_S], primitives_STE[order_S], objects_ST[order_S], settings.loss.score)
-    groups_S = schema_groups(labels_ST3[order_S], objects_ST[order_S], positions_ST3[order_S])
+    groups_S = schema_groups(labels_ST3[order_S], objects_ST[order_S], positions_ST3[order_S, :, :position_dims])
     found = retrieval(scores_SS, groups_S).as_dict()
     both = (found["schema_to_image"], found["image_to_schema"])
     return {

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsi.errors import UserError
+from nsi.errors import UsageError, UserError
 
 DCT = "dct"  # the name of the backbone that needs no weights
 DCT_LOWEST = 3  # frequencies 0, 1 and 2 along each axis
@@ -78,11 +78,13 @@ class PatchStatistics(Backbone):
     by 2 (1 + u + v), against the fall of a picture's spectrum with the frequency. 16 features are 0.7 times the sines
     and cosines of pi 2^k y and pi 2^k x for k = -1..2, of the patch's centre in (0, 1).
 
-    UserError where patch_size doesn't divide image_size.
+    UserError where patch_size doesn't divide image_size, UsageError where it isn't above 0.
     """
 
     def __init__(self, image_size: int, patch_size: int = 8) -> None:
         super().__init__()
+        if patch_size < 1:
+            raise UsageError(f"--patch_size {patch_size}: must be above 0")
         _check_size("dct", image_size, patch_size)
         if patch_size < DCT_LOWEST:
             raise UserError(f"patches of {patch_size} pixels have no {DCT_LOWEST} x {DCT_LOWEST} coefficients")

@@ -190,7 +190,41 @@ class NeuralSlotInterpreter(nn.Module):
         """tau_1 in the dtype and on the device of another tensor."""
         if not self.config.learned_tau:
             return like.new_full((1,), self.tau)
-        return (self.tau * wide(self.log_tau_change_1).exp()).clamp(min=min(self.tau, LOWEST_TAU)).to(like.dtype)
+        tau_1 = self.tau * wide(self.log_tau_change_1).exp()
+        floored_1: Tensor = _AtLeast.apply(tau_1, min(self.tau, LOWEST_TAU))  # pyright: ignore[reportAssignmentType]
+        return floored_1.to(like.dtype)
+
+
+class _AtLeast(torch.autograd.Function):
+    """A clamp from below whose gradient still leads back up, where torch's own would hold what has reached the floor."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, floor: float) -> Tensor:
+        ctx.save_for_backward(x <= floor)
+        return x.clamp(min=floor)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad,) = grads
+        (at_floor,) = ctx.saved_tensors
+        return grad.masked_fill(at_floor & (grad > 0), 0), None  # descent would go further down
+
+
+def undecayed(model: nn.Module) -> frozenset[str]:
+    """The names of the parameters that weight decay leaves alone: all but the weights of linear layers.
+
+    Norms and biases, since decay would change what a layer can say and not how much it varies; and what is looked up
+    and not multiplied: the tables of the schema, the decoder's positions, where slots start, the temperature.
+    """
+    tables = {
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (nn.Embedding, nn.LayerNorm))
+    }
+    looked_up = ("positions", "slot_starts")
+    return frozenset(
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim < 2 or name in tables or name.rpartition(".")[2] in looked_up
+    )
 
 
 def squared_error(reconstruction_BPF: Tensor, features_BPF: Tensor) -> Tensor:

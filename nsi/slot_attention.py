@@ -64,7 +64,7 @@ class SlotAttention(nn.Module):
             raise ValueError(f"a slot of {slot_dim} doesn't split into {num_heads} heads")
         self.num_iterations, self.num_heads, self.start, self.bilevel = num_iterations, num_heads, start, bilevel
 
-        self.input_norm = nn.LayerNorm(feature_dim)
+        self.input_norm = LayerNorm(feature_dim)
         self.input_mlp = nn.Sequential(
             xavier(nn.Linear(feature_dim, feature_dim), then="activation"),
             activation_layer(activation),
@@ -79,7 +79,7 @@ class SlotAttention(nn.Module):
         else:
             self.slot_starts = nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_slots, slot_dim)))
 
-        self.norm_inputs = nn.LayerNorm(feature_dim)
+        self.norm_inputs = LayerNorm(feature_dim)
         self.norm_slots = LayerNorm(slot_dim)
         self.norm_mlp = LayerNorm(slot_dim)
         self.project_q = xavier(Linear(slot_dim, slot_dim, bias=False))
@@ -94,7 +94,8 @@ class SlotAttention(nn.Module):
         Returns slots_BND and attention_BNP, the last iteration's, which sums to 1 over the slots of a patch. Both are
         float32 at least.
         """
-        inputs_BPF = self.norm_inputs(self.input_mlp(self.input_norm(features_BPF)))
+        dtype = features_BPF.dtype
+        inputs_BPF = self.norm_inputs(self.input_mlp(self.input_norm(features_BPF).to(dtype))).to(dtype)
         k_BHPK = wide(self._split(self.project_k(inputs_BPF)))
         v_BHPK = wide(self._split(self.project_v(inputs_BPF)))
         k_BHPK = k_BHPK * k_BHPK.shape[-1] ** -0.5

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from cluster import checkpoint as module
+from cluster.attempt import Attempt, is_superseded
 from cluster.checkpoint import (
     COMPLETE,
     MODEL,
@@ -119,6 +121,29 @@ def test_a_replaced_attempt_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a newer attempt trains this run"):
         writer.submit(make(5), frozenset())
     assert (tmp_path / "step-00000005" / STATE).stat().st_mtime_ns == before
+
+
+def test_an_attempt_that_is_replaced_while_it_writes_leaves_what_its_successor_wrote(tmp_path: Path) -> None:
+    """It was the newest when it began, and another is when the bytes lie on the disk."""
+    answers = iter([False, True])
+    writer = CheckpointWriter(tmp_path, 1, is_replaced=lambda: next(answers))
+    write_checkpoint(tmp_path, replace(make(5), attempt=3))
+    writer.submit(make(5), frozenset())
+    writer.wait()
+    assert read_checkpoint(tmp_path / "step-00000005").attempt == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+
+
+def test_a_checkpoint_that_came_after_a_successor_is_passed_over(tmp_path: Path) -> None:
+    """Attempt 2 wrote step 20 after attempt 3 had gone on from step 10: its steps 11 to 20 count no more."""
+    attempts = [Attempt(number, 0.0, 1, "none", step) for number, step in ((1, 0), (2, 0), (3, 10))]
+    for step in (10, 20):
+        write_checkpoint(tmp_path, make(step))  # by attempt 2
+    warnings: list[str] = []
+    found = newest_verified(tmp_path, warnings.append, lambda step, number: is_superseded(step, number, attempts))
+    assert found == tmp_path / "step-00000010"
+    assert "step-00000020: attempt 2 wrote it after another had taken over" in warnings[0]
+    assert newest_verified(tmp_path, print) == tmp_path / "step-00000020"
 
 
 def test_no_such_checkpoint(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from cluster.world import find_world
 from launch.config import LossConfig
 from launch.prepare import DEEPSPEED_CONFIG
 from launch.step import StepSettings, losses_and_gradient, training_step
+from nsi.model import undecayed
 from shards.order import rank_rows, rows_per_rank
 
 out, plan = sys.argv[1], json.loads(sys.argv[2])
@@ -45,6 +46,7 @@ for case in plan:
         -(-rows // micro_rows),
         grad_clip=case.get("grad_clip", 0.5),
         weight_decay=0.1,
+        undecayed=undecayed(model),
         default_config=DEEPSPEED_CONFIG,
         clip_only=tuple(case.get("clip_only", ())),
     )

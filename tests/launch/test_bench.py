@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import bench_score
 from launch.bench import compared
 from launch.cli import run as nsi
 
@@ -25,8 +27,7 @@ def test_a_ratio_above_one_is_better() -> None:
 @pytest.mark.parametrize(
     ("suite", "names"),
     [("loader", ["loader/read-vs-webdataset", "loader/decode-vs-decoder", "loader/first-batch"]),
-     ("shard", ["shard/copy-vs-cp", "shard/copy-vs-cp-synced"]),
-     ("score", ["score/time", "score/memory"])],
+     ("shard", ["shard/copy-vs-cp", "shard/copy-vs-cp-synced"])],
 )  # fmt: skip
 def test_each_suite_says_its_names(suite: str, names: list[str]) -> None:
     command = [sys.executable, "-m", "launch", "bench", suite, "--scenes", "100", "--json"]
@@ -37,6 +38,15 @@ def test_each_suite_says_its_names(suite: str, names: list[str]) -> None:
     for line in lines:
         assert {"name", "ours", "other", "unit", "ratio"} <= set(line)
         assert all(line[key] > 0 and math.isfinite(line[key]) for key in ("ours", "other", "ratio"))
+
+
+@pytest.mark.slow
+def test_the_score_takes_less_memory_than_the_dense_form() -> None:
+    """Its two comparisons; the large batch that it tells of afterwards takes a minute."""
+    time, memory = itertools.islice(bench_score.comparisons(None, 0), 2)
+    assert (time.name, memory.name) == ("score/time", "score/memory")
+    assert time.ratio > 0
+    assert memory.ratio > 5
 
 
 def test_too_few_scenes(capsys: pytest.CaptureFixture[str]) -> None:

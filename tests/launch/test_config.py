@@ -151,7 +151,9 @@ def test_configuration_of_another_version() -> None:
     "given",
     ["--batch_size 0", "--lr 0", "--lr -1", "--tau 0", "--micro_batch_size -1", "--log_every 0", "--beta -1",
      "--epochs 0", "--prometheus_port 70000", "--checkpoint_every 0", "--num_workers 0", "--lr nan",
-     "--bad_sample_limit -1", "--squash_size -1", "--cache_gb 0"],
+     "--bad_sample_limit -1", "--squash_size -1", "--cache_gb 0", "--lr inf", "--weight_decay inf",
+     "--weight_decay nan", "--tau nan", "--tau inf", "--beta inf", "--beta nan", "--grad_clip inf",
+     "--cache_gb inf", "--position_std inf"],
 )  # fmt: skip
 def test_impossible_values(given: str) -> None:
     with pytest.raises(UserError, match=given.split()[0]):

@@ -190,7 +190,10 @@ def test_other_folders_are_not_written_to(shards: Path, scenes: Path, store: Pat
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize("given", ["--part 3/2", "--batch_size 0", "--num_workers 0", "--image_size 0"])
+@pytest.mark.parametrize(
+    "given",
+    ["--part 3/2", "--batch_size 0", "--num_workers 0", "--image_size 0", "--patch_size 0 --backbone dct"],
+)
 def test_wrong_usage(shards: Path, tmp_path: Path, given: str) -> None:
     assert given.split()[0] in refused(nsi("features", shards, tmp_path / "out", *given.split()), status=2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shlex
 import shutil
@@ -170,8 +171,8 @@ def without_backbone(state: public.State) -> None:
     state["slot_encoder"] = {k: v for k, v in state["slot_encoder"].items() if not k.startswith("encoder.")}
 
 
-def put(module: str, key: str, shape: tuple[int, ...]):
-    return lambda state: state[module].update({key: torch.zeros(shape)})
+def put(module: str, key: str, shape: tuple[int, ...], value: float = 0.0):
+    return lambda state: state[module].update({key: torch.full(shape, value)})
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,37 @@ def put(module: str, key: str, shape: tuple[int, ...]):
             put("slot_encoder", "decoder.postional_encoding.weight", (15, 32)),
             "slot_encoder.decoder.postional_encoding.weight has 15 rows, which are no square",
         ),
-        (put("slot_encoder", "decoder.mlp.0.weight", ()), "decoder.mlp.0.weight has the shape (), which has too few"),
+        (
+            put("slot_encoder", "decoder.mlp.0.weight", ()),
+            "decoder.mlp.0.weight has the shape (), this model wants (24,",
+        ),
+        (
+            put("slot_encoder", "embed_proj.weight", (16, 31)),
+            "slot_encoder.embed_proj.weight has the shape (16, 31), this",
+        ),
+        (
+            put("slot_encoder", "embed_proj.weight", (17, 32)),
+            "slot_encoder.embed_proj.weight has the shape (17, 32), this",
+        ),
+        (put("slot_encoder", "norm_embed.weight", (17,)), "slot_encoder.norm_embed.weight has the shape (17,), this"),
+        (
+            put("slot_encoder", "slot_attn.slot_mu", (1, 1, 31)),
+            "slot_attn.slot_mu has the shape (1, 1, 31), this model",
+        ),
+        (put("program_encoder", "size_embedding.weight", (3, 31)), "size_embedding.weight has the shape (3, 31), this"),
+        (put("program_encoder", "size_embedding.weight", ()), "lacks program_encoder.size_embedding.weight, a table"),
+        (
+            put("slot_encoder", "decoder.postional_encoding.weight", (0, 32)),
+            "decoder.postional_encoding.weight has the shape (0, 32), which is empty",
+        ),
+        (
+            put("slot_encoder", "decoder.mlp.2.bias", (24,), math.nan),
+            "slot_encoder.decoder.mlp.2.bias holds numbers that are not finite",
+        ),
+        (
+            put("slot_encoder", "encoder.norm.weight", (64,), math.inf),
+            "slot_encoder.encoder.norm.weight holds numbers that are not finite",
+        ),
         (
             put("program_encoder", "material_embedding.weight", (7, 32)),
             "program_encoder.material_embedding.weight has the shape (7, 32), but",
@@ -283,6 +314,18 @@ def test_a_name_too_many_for_the_table_is_borne_where_the_shards_lack_it(
     assert nsi("import-reference", *given, "--data_path", shards, *FLAGS) == 0
 
 
+def test_scenes_longer_than_the_model_takes(
+    source: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    best, run = source / "best_model.pt", tmp_path / "run"
+    for given in ("0", "-1"):
+        assert nsi("import-reference", best, run, "--max_program_len", given, *FLAGS) == 2
+        assert capsys.readouterr().err.endswith(f"--max_program_len {given}: must be above 0\n")
+    line = refused(capsys, best, run, "--data_path", shards, "--max_program_len", "2")
+    assert "objects, more than --max_program_len 2; give the one that the model was trained with" in line
+    assert not run.exists()
+
+
 def test_nothing_is_overwritten(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine").touch()
@@ -307,6 +350,7 @@ def test_training_starts_from_it(source: Path, shards: Path, tmp_path: Path, cap
         check=False,
     )
     assert found.returncode == 0, found.stderr
+    assert "trained otherwise" not in found.stderr
     before = read_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000000")
     after = read_checkpoint(tmp_path / "new" / "checkpoints" / "step-00000001")
     assert set(after.facts["best"]) == {"step", "R@5", "loss"}

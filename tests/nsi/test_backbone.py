@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nsi.backbone import PatchStatistics, TimmBackbone, build_backbone, parameters_hash
-from nsi.errors import UserError
+from nsi.errors import UsageError, UserError
 
 VIT = "test_vit"  # timm's own tiny one: patches of 16, width 64, one class token
 
@@ -139,6 +139,12 @@ def test_weights_that_do_not_fit_are_named():
 def test_models_that_will_not_do(name, size, message):
     with pytest.raises(UserError, match=message):
         TimmBackbone(name, size)
+
+
+@pytest.mark.parametrize("patch_size", [0, -8])
+def test_patches_of_no_size(patch_size):
+    with pytest.raises(UsageError, match=f"--patch_size {patch_size}: must be above 0"):
+        build_backbone("dct", 32, patch_size=patch_size)
 
 
 def test_parameters_hash():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nsi.errors import UserError
-from nsi.model import ModelConfig, NeuralSlotInterpreter, squared_error
+from nsi.model import ModelConfig, NeuralSlotInterpreter, squared_error, undecayed
 from nsi.noise import KeyedNoise
 
 B, P, F, T = 3, 6, 10, 4
@@ -104,7 +104,23 @@ def test_a_learned_temperature_begins_at_tau_and_has_a_floor():
     with torch.no_grad():
         learned.log_tau_change_1.fill_(-9)
     assert learned(*batch(), noise()).tau_1.item() == pytest.approx(0.01)
+    for direction, held in ((1, True), (-1, False)):  # at the floor the gradient leads up and not down
+        learned.log_tau_change_1.grad = None
+        (direction * learned(*batch(), noise()).tau_1).backward()
+        assert (learned.log_tau_change_1.grad.item() == 0) == held
     assert sum(p.numel() for p in learned.parameters()) == sum(p.numel() for p in fixed.parameters()) + 1
+
+
+def test_weight_decay_spares_all_but_the_weights_of_linear_layers():
+    model = build(dataclasses.replace(SMALL, slot_start="learned", learned_tau=True))
+    names, spared = {name for name, _ in model.named_parameters()}, undecayed(model)
+    assert spared < names
+    assert {name.rpartition(".")[2] for name in names - spared} == {"weight", "first_weight", "weight_ih", "weight_hh"}
+    assert not {name for name in names - spared if "norm" in name or "tables" in name}
+    assert {"decoder.positions", "slot_attention.slot_starts", "log_tau_change_1"} < spared
+    assert {name for name in spared if name.endswith("weight")} == {
+        name for name in names if name.endswith("weight") and ("norm" in name or "tables" in name)
+    }
 
 
 def test_silu_reaches_every_hidden_layer():
