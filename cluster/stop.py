@@ -1,29 +1,51 @@
-"""A wish to stop: a signal that the scheduler or a person sent. The training loop asks at every step."""
+"""A wish to stop: a signal from the scheduler or a person, a stop file, a deadline. The training loop asks every step."""
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
+from collections.abc import Mapping
+from pathlib import Path
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 ECHO_S = 1.0  # Slurm may send one signal to the batch script and to its ranks, who then hear it twice
+SLURM_END = "SLURM_JOB_END_TIME"  # seconds since 1970
 
 
 class StopRequest:
-    """Remembers the first stop signal; another one a second later ends the process at once."""
+    """Remembers the first reason to stop. A signal a second after another ends the process at once."""
 
     def __init__(self) -> None:
-        self.signal: str | None = None
+        self.reason: str | None = None
+        self.is_for_good = False  # a person wants the run to end, not to be queued again
         self._heard = 0.0
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 signal.signal(number, self._remember)
 
+    def look(self, stop_file: Path | None, deadline: float) -> bool:
+        """Whether there is a reason to stop by now; `deadline` in seconds since 1970. One rank looks for the file."""
+        if self.reason is None and time.time() >= deadline:
+            self.reason = "its time limit"
+        if self.reason is None and stop_file and stop_file.exists():
+            self.reason, self.is_for_good = str(stop_file), True
+        return self.reason is not None
+
     def _remember(self, number: int, frame: object) -> None:
         now = time.monotonic()
-        if self.signal is None:
-            self.signal, self._heard = signal.Signals(number).name, now
+        if not self._heard:
+            self.reason, self._heard = self.reason or signal.Signals(number).name, now
         elif now - self._heard > ECHO_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+
+
+def deadline(began: float, limit_s: float, grace_s: float, environ: Mapping[str, str]) -> float:
+    """When to stop, in seconds since 1970: `grace_s` before the limit (0: none), or before Slurm ends the job."""
+    slurm_end = environ.get(SLURM_END, "")
+    ends = [began + limit_s] if limit_s else []
+    if slurm_end.isdigit() and int(slurm_end) > began:
+        ends.append(float(slurm_end))
+    return min(ends, default=math.inf) - grace_s

@@ -131,6 +131,11 @@ class WatchConfig:
     select_by: Literal["retrieval", "loss"] = "retrieval"
     """Which validation is the best, whose weights are kept: highest R@5, or lowest total loss, as in the public
     code."""
+    time_limit: float = 0.0
+    """Minutes after which the run has saved and ended, to be continued by the same command; 0 means no limit of its
+    own. The end of a Slurm job counts too, where Slurm tells it."""
+    grace_seconds: float = 120.0
+    """How long before that limit the run stops: what a checkpoint may take, with a margin."""
     nonfinite_limit: int = 3
     """Steps in a row whose loss or gradient is no finite number that are left out, the weights unchanged. One more
     stops the run, with the scenes and the largest norms in RUN/nonfinite-STEP.json."""
@@ -195,6 +200,8 @@ def check(config: TrainConfig) -> None:
         "seed": config.optim.seed,
         "bad_sample_limit": config.data.bad_sample_limit,
         "nonfinite_limit": config.watch.nonfinite_limit,
+        "time_limit": config.watch.time_limit,
+        "grace_seconds": config.watch.grace_seconds,
         "squash_size": config.data.squash_size,
     }
     for name, value in not_negative.items():

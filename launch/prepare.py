@@ -109,7 +109,8 @@ def begin(config: TrainConfig, world: World, parts: Parts) -> Attempt | None:
         return None
     step = parts.restored.step if parts.restored else 0
     attempt = take_attempt(config.log_path / runfolder.ATTEMPTS, world.size, world.launcher, step)
-    (config.log_path / runfolder.STOPPED).unlink(missing_ok=True)
+    for mark in (runfolder.STOPPED, runfolder.STOP):
+        (config.log_path / mark).unlink(missing_ok=True)
     forget_endpoints(config.log_path)
     manifest = parts.train.manifest
     content = {

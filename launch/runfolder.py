@@ -19,6 +19,7 @@ TENSORBOARD = "tensorboard"
 BACKBONE = "backbone.safetensors"  # the frozen ViT of an imported model
 REPORT = "report.html"
 NONFINITE = "nonfinite"  # reports of a step whose numbers were none, -STEP.json
+STOP = "stop"  # made by a person, it ends the run after its step, saved
 STOPPED = "stopped"  # there while a run was cut by a signal; a batch script requeues on it
 
 

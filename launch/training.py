@@ -20,7 +20,7 @@ from cluster.ledger import LedgerWriter
 from cluster.processes import device_of, join, leave
 from cluster.prometheus import serve
 from cluster.sinks import metrics_sink, tensorboard_sink, validation_sink
-from cluster.stop import StopRequest
+from cluster.stop import StopRequest, deadline
 from cluster.world import World, find_world
 from launch import runfolder
 from launch.config import TrainConfig, check
@@ -87,7 +87,8 @@ def train(config: TrainConfig, stop: StopRequest) -> None:
             ledger = LedgerWriter(config.log_path / runfolder.LEDGER, attempt.number, config.optim.batch_size)
             closing.callback(ledger.close)
         workers = closing.enter_context(open_workers(config.data.num_workers, pin=device.type == "cuda"))
-        trainer = Trainer(config, world, device, parts, attempt, log, board, ledger, workers)
+        until = deadline(began, config.watch.time_limit * 60, config.watch.grace_seconds, os.environ)
+        trainer = Trainer(config, world, device, parts, attempt, log, board, ledger, workers, until)
         log.emit(Event("start", trainer.now.step, began, time.time()))
         finished = trainer.run(stop)
     leave()
@@ -109,11 +110,14 @@ class Trainer:
         board: Any,
         ledger: LedgerWriter | None,
         workers: DataWorkers,
+        until: float,
     ) -> None:
-        """`board` and `ledger` are rank 0's TensorBoard writer and ledger, None on the others."""
+        """`until` is when to stop, in seconds since 1970. `board` and `ledger` are rank 0's TensorBoard writer and
+        ledger, None on the others."""
         self._config, self._world, self._device = config, world, device
         self._parts, self._attempt, self._log, self._board = parts, attempt, log, board
         self._workers = workers
+        self._deadline = until
         self._readings = Readings(
             config.optim.batch_size, world.rank, world.size, config.data.bad_sample_limit, device, ledger
         )
@@ -154,6 +158,7 @@ class Trainer:
             self._parts.train_rows, order, self._parts.shape, world.rank, world.size, now.step, self._workers
         )
         meter = Meter()
+        stop_file = config.log_path / runfolder.STOP if world.rank == 0 else None
         stopped = False
         # A checkpoint that is on its way to the disk must get there, whatever ends the loop.
         with (
@@ -183,12 +188,12 @@ class Trainer:
                     self._validate()
                 if now.step % config.watch.checkpoint_every == 0:
                     self._save()
-                stopped = any_rank(stop.signal is not None)
+                stopped = any_rank(stop.look(stop_file, self._deadline))
         self._save(at_the_end=True)
         self._saver.wait()
         finished = now.step >= total
         self._log.emit(Event("stop", now.step, time.time(), time.time(), {"finished": finished}))
-        if not finished and self._world.rank == 0:
+        if not finished and self._world.rank == 0 and not stop.is_for_good:
             # A batch script reads this mark: the job was cut, not done, and wants to be queued again.
             (config.log_path / runfolder.STOPPED).write_text(f"{now.step}\n")
         return finished
@@ -273,4 +278,4 @@ def _say_where(run: Path, finished: bool, stop: StopRequest) -> None:
     if finished:
         print(f"{run}: done; next: nsi eval {run} --split test, then nsi report {run}")
     else:
-        print(f"{run}: stopped by {stop.signal or 'another rank'}, saved; the same command goes on from there")
+        print(f"{run}: stopped by {stop.reason or 'another rank'}, saved; the same command goes on from there")

@@ -196,7 +196,7 @@ class NeuralSlotInterpreter(nn.Module):
 
 
 class _AtLeast(torch.autograd.Function):
-    """A clamp from below whose gradient still leads back up, where torch's own would hold what has reached the floor."""
+    """A clamp from below whose gradient still leads back up: torch's own would hold what has reached the floor."""
 
     @staticmethod
     def forward(ctx, x: Tensor, floor: float) -> Tensor:

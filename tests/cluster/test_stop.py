@@ -5,8 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+
+from cluster.stop import SIGNALS, SLURM_END, StopRequest, deadline
 
 SCRIPT = """
 import signal, sys, time
@@ -14,16 +18,44 @@ from cluster.stop import ECHO_S, StopRequest
 stop = StopRequest()
 signal.raise_signal({first})
 signal.raise_signal({first})
-print(stop.signal, flush=True)
+print(stop.reason, flush=True)
 stop._heard -= 2 * ECHO_S  # as if that were long ago
 signal.raise_signal({second})
 print("still alive", flush=True)
 """
 
 
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_the_second_signal_ends_the_process(first: signal.Signals) -> None:
     script = SCRIPT.format(first=int(first), second=int(signal.SIGTERM))
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert found.stdout.split() == [first.name]
     assert found.returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("limit", "environ", "expected"),
+    [
+        (0, {}, float("inf")),
+        (600, {}, 1480.0),
+        (0, {SLURM_END: "1300"}, 1180.0),
+        (600, {SLURM_END: "1300"}, 1180.0),  # whichever falls first
+        (600, {SLURM_END: "900"}, 1480.0),  # of a job that this process was not started by
+        (0, {SLURM_END: "Unknown"}, float("inf")),
+    ],
+)
+def test_the_deadline(limit: float, environ: dict[str, str], expected: float) -> None:
+    assert deadline(1000.0, limit, 120.0, environ) == expected
+
+
+def test_a_stop_file_is_for_good_and_a_deadline_is_not(tmp_path: Path) -> None:
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    by_file, by_time, by_none = StopRequest(), StopRequest(), StopRequest()
+    assert not by_none.look(tmp_path / "stop", time.time() + 1000)
+    assert by_time.look(tmp_path / "stop", time.time() - 1)
+    (tmp_path / "stop").touch()
+    assert by_file.look(tmp_path / "stop", time.time() + 1000)
+    assert (by_file.reason, by_file.is_for_good) == (str(tmp_path / "stop"), True)
+    assert (by_time.reason, by_time.is_for_good) == ("its time limit", False)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

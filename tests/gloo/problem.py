@@ -8,7 +8,7 @@ import torch
 
 from nsi.batch import Batch
 from nsi.loss import Rows, contrastive_sum
-from nsi.model import ModelConfig, NeuralSlotInterpreter
+from nsi.model import ModelConfig, NeuralSlotInterpreter, undecayed
 from nsi.noise import KeyedNoise
 
 G, T, P, F = 7, 5, 9, 12  # rows of the whole batch (no world of 2, 3 or 4 divides it), objects, patches, features
@@ -35,6 +35,16 @@ def make_model(dropout: float, **options) -> NeuralSlotInterpreter:
         for parameter in model.parameters():
             parameter.mul_(0.5)
     return model
+
+
+def make_adam(model: NeuralSlotInterpreter) -> torch.optim.AdamW:
+    """AdamW as training has it: some parameters are spared from weight decay."""
+    spared = undecayed(model)
+    groups = [
+        {"params": [p for name, p in model.named_parameters() if (name in spared) == spare], "weight_decay": decay}
+        for spare, decay in ((False, 0.1), (True, 0.0))
+    ]
+    return torch.optim.AdamW(groups, lr=1e-3)
 
 
 def make_batch() -> tuple[Batch, torch.Tensor]:

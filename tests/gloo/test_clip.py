@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nsi.reference_names import SLOT_ENCODER
-from tests.gloo.problem import make_model, one_process_loss
+from tests.gloo.problem import make_adam, make_model, one_process_loss
 from tests.gloo.worlds import run_world
 
 STEPS, STAGES = 4, (0, 1, 2, 3)
@@ -24,7 +24,7 @@ def case(stage: int, precision: str, **more) -> dict:
 def one_process(steps: int) -> dict:
     """Steps of AdamW in one process, as the public code clips, and Adam's moments, which tell of scales."""
     model = make_model(0.0)
-    adam = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    adam = make_adam(model)
     clipped = [p for name, p in model.named_parameters() if name.startswith(SLOT_ENCODER)]
     assert 0 < len(clipped) < len(list(model.parameters()))
     losses, norms = [], []

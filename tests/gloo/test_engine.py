@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsi.model import undecayed
-from tests.gloo.problem import make_model, one_process_loss
+from tests.gloo.problem import make_adam, make_model, one_process_loss
 from tests.gloo.worlds import run_world
 
 STEPS = 4
@@ -28,11 +27,7 @@ def case(stage: int, precision: str = "fp32", **more) -> dict:
 def truth() -> dict:
     """Four steps of AdamW in one process, without DeepSpeed."""
     model = make_model(0.0)
-    spared = undecayed(model)
-    groups = [[p for name, p in model.named_parameters() if (name in spared) == spare] for spare in (False, True)]
-    adam = torch.optim.AdamW(
-        [{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}], 1e-3, weight_decay=0.1
-    )
+    adam = make_adam(model)
     losses, norms = [], []
     for step in range(STEPS):
         adam.zero_grad()

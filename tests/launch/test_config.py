@@ -51,6 +51,7 @@ OURS = {
     "score", "schedule", "weight_decay", "deepspeed_config", "prometheus_port", "schema_dropout", "decoder_hidden_dim",
     "decoder_depth", "attend_padding", "position_std", "position_dims", "on_bad_sample", "bad_sample_limit",
     "cache_path", "cache_gb", "features",
+    "time_limit", "grace_seconds",
     "learned_tau", "slot_start", "bilevel", "activation", "nonfinite_limit", "recompute", "compile",
     "squash_size", "normalization", "clip_scope", "plateau_in_warmup", "select_by", "padding_labels",
 }  # fmt: skip

@@ -196,6 +196,31 @@ def test_asked_to_stop_it_saves_and_leaves_with_0(shards: Path, whole: Path, tmp
     assert (run / "stopped").read_text() == f"{last}\n"
 
 
+def test_a_stop_file_and_a_time_limit_end_it_saved(shards: Path, tmp_path: Path) -> None:
+    """By the limit it is to be queued again, as the mark says; by the file it is not."""
+    run = tmp_path / "run"
+    long = ["--max_steps", "100000", "--schedule", "constant", "--validate_every", "100000"]
+    found = train(shards, run, *long, "--time_limit", "0.1", "--grace_seconds", "5.99")
+    assert found.returncode == 0, found.stderr
+    assert "stopped by its time limit, saved" in found.stdout
+    assert (run / "stopped").exists()
+    command = [sys.executable, "-m", "launch", "train", "--data_path", str(shards), "--log_path", str(run), *SMALL]
+    before = len(read_lines(run, "metrics.jsonl"))
+    process = subprocess.Popen([*command, *long], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: len(read_lines(run, "metrics.jsonl")) >= before + 3, process)
+        (run / "stop").touch()
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert f"stopped by {run / 'stop'}, saved" in output
+    assert not (run / "stopped").exists()
+    newest = newest_verified(run / "checkpoints", pytest.fail)
+    assert newest is not None
+    assert int(newest.name[5:]) == read_lines(run, "metrics.jsonl")[-1]["step"]
+
+
 def test_a_broken_step_reaches_no_checkpoint(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = ["--lr", "1e30", "--lr_warmup_steps", "0", "--log_every", "5", "--checkpoint_every", "1"]
