@@ -1,4 +1,4 @@
-"""A wish to stop: a signal from the scheduler or a person, a stop file, a deadline. The training loop asks every step."""
+"""A wish to stop: a signal from the scheduler or a person, a stop file, a deadline. Training asks at every step."""
 
 from __future__ import annotations
 
