@@ -30,7 +30,7 @@ def compare_forms(
     seconds: dict[Form, list[float]] = {form: [] for form in forms}
     for _ in range(ROUNDS + 1):
         for form, run in runs.items():
-            seconds[form].append(_timed(run))
+            seconds[form].append(timed(run))
     seconds = {form: each[1:] for form, each in seconds.items()}  # the first round starts threads and finds kernels
     mib = {form: [_peak_elsewhere(module, form)] for form in forms}
     for form in forms[:2]:
@@ -70,7 +70,8 @@ def _peak_elsewhere(module: str, form: Form) -> float:
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
-def _timed(run: Callable[[], None]) -> float:
+def timed(run: Callable[[], None]) -> float:
+    """Seconds that a run takes, until the device has finished it."""
     with stopwatch() as seconds:
         run()
         if use_gpus():

@@ -16,8 +16,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from cluster.processes import use_gpus
-from launch.bench import Comparison, compare, compared, note, stopwatch
-from launch.bench_forms import device, peak_mib
+from launch.bench import Comparison, compare, compared, note
+from launch.bench_forms import device, peak_mib, timed
 from nsi.loss import Rows, contrastive_sum
 
 Side = Literal["ours", "dense"]
@@ -34,7 +34,7 @@ def comparisons(data: Path | None, scenes: int) -> Iterator[Comparison]:
     ours, dense = run_of("ours", BATCH), run_of("dense", BATCH)
     for run in (ours, dense):
         run()  # starts threads and finds kernels
-    yield compare("score/time", "s", against, lambda: _timed(ours), lambda: _timed(dense))
+    yield compare("score/time", "s", against, lambda: timed(ours), lambda: timed(dense))
     mib = [float(_elsewhere(side, BATCH)[0]) for side in ("ours", "dense")]
     yield compared("score/memory", "MiB", against, mib[:1], mib[1:])
     peak, seconds = _elsewhere("ours", LARGE_BATCH)
@@ -75,18 +75,10 @@ def main(side: Side, batch: int) -> None:
     run_of(side, 64)()  # libraries take their memory
     run = run_of(side, batch)
     seconds: list[float] = []
-    print(peak_mib(lambda: seconds.append(_timed(run))), *seconds)
+    print(peak_mib(lambda: seconds.append(timed(run))), *seconds)
 
 
 def _elsewhere(side: Side, batch: int) -> tuple[float, float]:
     command = [sys.executable, "-c", f"from launch.bench_score import main; main({side!r}, {batch})"]
     peak, seconds = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     return float(peak), float(seconds)
-
-
-def _timed(run: Callable[[], None]) -> float:
-    with stopwatch() as seconds:
-        run()
-        if use_gpus():
-            torch.cuda.synchronize()
-        return seconds()

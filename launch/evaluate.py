@@ -17,6 +17,7 @@ import torch
 import tyro
 from PIL import Image
 
+from cluster.attempt import is_superseded, read_attempts
 from cluster.checkpoint import STATE, checkpoint_path, newest_verified, read_checkpoint
 from cluster.processes import use_gpus
 from launch import runfolder
@@ -146,7 +147,12 @@ def _find(config: EvalConfig) -> Path:
     folder = config.run / runfolder.CHECKPOINTS
     if not config.run.is_dir():
         raise UserError(f"{config.run}: no such run folder; give the --log_path of `nsi train`")
-    newest = newest_verified(folder, lambda text: print(f"nsi eval: {text}", file=sys.stderr))
+    attempts = read_attempts(config.run / runfolder.ATTEMPTS)
+    newest = newest_verified(
+        folder,
+        lambda text: print(f"nsi eval: {text}", file=sys.stderr),
+        lambda step, number: is_superseded(step, number, attempts),
+    )
     if newest is None:
         raise UserError(f"{folder}: holds no complete checkpoint; train first, or wait for the first one")
     if config.checkpoint == "last":
