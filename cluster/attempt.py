@@ -23,16 +23,19 @@ class Attempt:
     restored_step: int
 
 
-def take_attempt(folder: Path, world_size: int, launcher: str, restored_step: int) -> Attempt:
+def take_attempt(
+    folder: Path, world_size: int, launcher: str, restored_step: int, started: float | None = None
+) -> Attempt:
     """Takes the next number by creating its file exclusively, so that two starts never share one.
 
-    Raises UserError where the folder cannot be written.
+    `started`: when its rank 0's process began; now, where it is not told. Raises UserError where the folder cannot be
+    written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         number = len(list(folder.glob("attempt-*.json"))) + 1
         while True:
-            attempt = Attempt(number, time.time(), world_size, launcher, restored_step)
+            attempt = Attempt(number, started or time.time(), world_size, launcher, restored_step)
             try:
                 with (folder / f"attempt-{number:04d}.json").open("x") as file:
                     json.dump(asdict(attempt), file)

@@ -6,8 +6,9 @@
         state.json              step, optimizer steps, attempt, and what the caller adds (configuration, vocabulary)
         complete.json           the success mark, written last: sha256 of each of the three
 
-A checkpoint is written under a temporary name, synced, renamed, then marked. One without the mark, or whose bytes do
-not have the marked checksums, is passed over with a warning.
+A checkpoint is written under a temporary name, synced, renamed, then marked; what had its name before is moved aside
+until then (cluster/checkpoint_folder.py). One without the mark, or whose bytes do not have the marked checksums, is
+passed over with a warning.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import hashlib
 import json
 import shutil
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +26,27 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from cluster.checkpoint_folder import (
+    COMPLETE,
+    STATE,
+    IsVoid,
+    checkpoint_path,
+    prune,
+    put_in_place,
+    remove_aside,
+    survey,
+    temporary_path,
+)
 from cluster.durable import sync
 from cluster.loss_scale import LossScale
+from cluster.retention import Retention
 from cluster.training_state import MOMENTS, TrainingState
 from nsi.errors import UserError
 
 FORMAT = 1
-MODEL, OPTIMIZER, STATE, COMPLETE = "model.safetensors", "optimizer.safetensors", "state.json", "complete.json"
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+_OWN = ("format", "step", "optimizer_steps", "loss_scale", "attempt", "saved_at")
+_PIECE = 1 << 23  # bytes hashed at once: the thread that writes asks for Python's lock once a piece
 
 
 @dataclass(frozen=True)
@@ -43,49 +59,55 @@ class Checkpoint:
     facts: dict
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return folder / f"step-{step:08d}"
-
-
 def write_checkpoint(folder: Path, checkpoint: Checkpoint, is_replaced: Callable[[], bool] = lambda: False) -> Path:
-    """Writes a checkpoint so that it is whole or not there; one of the same step is replaced. Returns its place.
+    """Writes a checkpoint so that it is whole or not there; an older attempt's of the same step is replaced. Returns
+    its place.
 
-    Nothing is left of it where `is_replaced` says, once all is written, that another attempt has taken over meanwhile.
+    Nothing is left of it where it cannot be written, or where `is_replaced` says, once all is written, that another
+    attempt has taken over meanwhile.
     """
     target = checkpoint_path(folder, checkpoint.step)
-    temporary = folder / f".{target.name}.attempt-{checkpoint.attempt:04d}.tmp"
+    temporary = temporary_path(target, checkpoint.attempt)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(checkpoint.training.parameters, temporary / MODEL)
+    try:
+        marks = _write_files(temporary, checkpoint)
+        if is_replaced() or not put_in_place(temporary, target, checkpoint.attempt):
+            shutil.rmtree(temporary)
+            return target
+    except Exception:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk wants its room back
+        raise
+    sync(folder)
+    mark = target / (COMPLETE + ".tmp")
+    mark.write_text(json.dumps(marks, indent=1))
+    sync(mark)
+    mark.rename(target / COMPLETE)
+    sync(target)
+    remove_aside(target, checkpoint.attempt)
+    return target
+
+
+def _write_files(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
+    """Writes all but the mark; returns when it lies on disk, with the sha256 of each file."""
+    folder.mkdir(parents=True)
+    save_file(checkpoint.training.parameters, folder / MODEL)
     moments = {f"{m}/{name}": tensor for m in MOMENTS for name, tensor in checkpoint.training.moments[m].items()}
-    save_file(moments, temporary / OPTIMIZER)
+    save_file(moments, folder / OPTIMIZER)
     state = {
         "format": FORMAT,
         "step": checkpoint.step,
         "optimizer_steps": checkpoint.training.optimizer_steps,
         "loss_scale": checkpoint.training.loss_scale,
         "attempt": checkpoint.attempt,
+        "saved_at": time.time(),
         **checkpoint.facts,
     }
-    (temporary / STATE).write_text(json.dumps(state, indent=1))
+    (folder / STATE).write_text(json.dumps(state, indent=1))
     names = (MODEL, OPTIMIZER, STATE)
     for name in names:
-        sync(temporary / name)
-    marks = {name: _sha256(temporary / name) for name in names}
-    if is_replaced():
-        shutil.rmtree(temporary)
-        return target
-    if target.exists():  # torn, or written by an attempt that came to this step before
-        shutil.rmtree(target)
-    temporary.rename(target)
-    mark = target / (COMPLETE + ".tmp")
-    mark.write_text(json.dumps(marks, indent=1))
-    sync(mark)
-    mark.rename(target / COMPLETE)
-    sync(target)
+        sync(folder / name)
     sync(folder)
-    return target
+    return {name: _sha256(folder / name) for name in names}
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -94,13 +116,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises UserError where it is torn, changed, or of a newer format.
     """
     verify_checkpoint(path)
-    state = json.loads((path / STATE).read_text())
-    if state["format"] != FORMAT:
-        raise UserError(f"{path}: format {state['format']}, but this version reads {FORMAT}; upgrade the program")
+    return load_checkpoint(path)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint that somebody has verified. Raises UserError where it cannot be read, or is of a newer format."""
     try:
+        state = json.loads((path / STATE).read_text())
+        if state["format"] != FORMAT:
+            raise UserError(f"{path}: format {state['format']}, but this version reads {FORMAT}; upgrade the program")
         parameters = load_file(path / MODEL)
         loaded = load_file(path / OPTIMIZER)
-    except SafetensorError as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); restore it, or remove it") from None
+    except (SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"{path}: damaged ({error}); remove it, the one before it will be used") from None
     moments: dict[str, dict[str, torch.Tensor]] = {m: {} for m in MOMENTS}
     for key, tensor in loaded.items():
@@ -108,8 +137,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         moments[moment][name] = tensor
     scale = state.get("loss_scale")
     training = TrainingState(parameters, moments, state["optimizer_steps"], LossScale(*scale) if scale else None)
-    own = ("format", "step", "optimizer_steps", "loss_scale", "attempt")
-    facts = {k: v for k, v in state.items() if k not in own}
+    facts = {k: v for k, v in state.items() if k not in _OWN}
     return Checkpoint(state["step"], state["attempt"], training, facts)
 
 
@@ -128,51 +156,55 @@ def verify_checkpoint(path: Path) -> None:
 
 
 def newest_verified(
-    folder: Path, warn: Callable[[str], None], is_void: Callable[[int, int], bool] = lambda step, attempt: False
+    folder: Path, warn: Callable[[str], None], is_void: IsVoid = lambda step, attempt: False
 ) -> Path | None:
     """The newest checkpoint that verifies, or None; `warn` is told of each newer one that does not.
 
     `is_void` says of a step and an attempt whether another attempt has gone on from before that step: such a
     checkpoint came late, from a node that was cut off, say, and the steps that led to it count no more.
     """
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for found in reversed(survey(folder)):
         try:
-            verify_checkpoint(path)
-            state = json.loads((path / STATE).read_text())
-            if is_void(state["step"], state["attempt"]):
-                raise UserError(f"{path}: attempt {state['attempt']} wrote it after another had taken over")
-            return path
+            if is_void(found.step, found.attempt):
+                raise UserError(f"{found.path}: attempt {found.attempt} wrote it after another had taken over")
+            verify_checkpoint(found.path)
+            return found.path
         except UserError as error:
             warn(f"passed over a checkpoint: {error}")
     return None
 
 
-def prune(folder: Path, keep_last: int, keep_also: frozenset[int]) -> None:
-    """Removes all complete checkpoints but the last few and those of the given steps."""
-    complete = sorted(path for path in folder.glob("step-*") if (path / COMPLETE).exists())
-    kept = {path.name for path in complete[-keep_last:]} | {checkpoint_path(folder, step).name for step in keep_also}
-    for path in complete:
-        if path.name not in kept:
-            # The mark goes first: a removal cut short leaves an unmarked folder, which nobody takes.
-            (path / COMPLETE).unlink()
-            shutil.rmtree(path)
-
-
 class CheckpointWriter:
     """Writes checkpoints in the background, one at a time, so that steps go on meanwhile."""
 
-    def __init__(self, folder: Path, keep_last: int, is_replaced: Callable[[], bool] = lambda: False) -> None:
-        """`is_replaced` says whether another attempt has taken over: then nothing is written any more."""
+    def __init__(
+        self,
+        folder: Path,
+        retention: Retention,
+        is_replaced: Callable[[], bool] = lambda: False,
+        before: Callable[[], None] = lambda: None,
+        is_void: IsVoid = lambda step, attempt: False,
+    ) -> None:
+        """`is_replaced` says whether another attempt has taken over: then nothing is written any more. `before` is
+        called in the background before each checkpoint, which is not written where it raises OSError."""
         self._folder = folder
-        self._keep_last = keep_last
+        self._retention = retention
         self._is_replaced = is_replaced
+        self._before = before
+        self._is_void = is_void
         self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._newest: tuple[Checkpoint, frozenset[int]] | None = None  # until it lies on disk
+        self._troubles: list[str] = []
+
+    def is_busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._thread is not None and self._thread.is_alive()
 
     def submit(self, checkpoint: Checkpoint, keep_also: frozenset[int]) -> None:
-        """Begins to write; waits first for the one before.
+        """Begins to write; waits first for the one before. One that cannot be written is told of by `troubles`: the
+        run can go on, and the checkpoints before it stay.
 
-        Raises UserError where that one failed, or where another attempt has taken over.
+        Raises UserError where another attempt has taken over.
         """
         self.wait()
         if self._is_replaced():
@@ -180,38 +212,57 @@ class CheckpointWriter:
                 f"{self._folder.parent}: a newer attempt trains this run; this one ends without writing "
                 "(to run both, give each a --log_path of its own)"
             )
+        self._newest = checkpoint, keep_also
         self._thread = threading.Thread(target=self._write, args=(checkpoint, keep_also), name="checkpoint")
         self._thread.start()
 
-    def wait(self) -> None:
-        """Waits until what was submitted lies on disk. Raises UserError where it could not be written."""
+    def troubles(self) -> list[str]:
+        """Which checkpoints could not be written since the last call, and why."""
+        troubles, self._troubles = self._troubles, []
+        return troubles
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Waits until nothing is being written any more, and returns whether the newest checkpoint lies on disk."""
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            self._thread.join(timeout_s)
+        return self._newest is None
+
+    def finish(self, pauses_s: Sequence[float] = (1.0, 4.0, 15.0)) -> None:
+        """Waits for the newest checkpoint and tries again, after so many pauses, where it could not be written.
+
+        Raises UserError where it never could.
+        """
+        for pause_s in pauses_s:
+            if self.wait():
+                return
+            time.sleep(pause_s)
+            assert self._newest is not None
+            self.submit(*self._newest)
+        if not self.wait():
             raise UserError(
-                f"{self._folder}: the checkpoint could not be written ({reason}); "
-                "make room or mend the folder and start again, the run continues from the one before"
+                f"{self._troubles[-1]}; make room or mend the folder and start again, the run goes on from the one "
+                "before"
             )
 
     def close(self) -> None:
-        """Waits as `wait` does and raises nothing: for a run that ends for another reason already."""
-        if self._thread is not None:
-            self._thread.join()
+        """Waits as `wait` does: for a run that ends for another reason already."""
+        self.wait()
 
     def _write(self, checkpoint: Checkpoint, keep_also: frozenset[int]) -> None:
         try:
+            self._before()
             write_checkpoint(self._folder, checkpoint, self._is_replaced)
-            prune(self._folder, self._keep_last, keep_also)
+            self._newest = None
+            if not self._is_replaced():
+                prune(self._folder, checkpoint.attempt, self._retention, keep_also, self._is_void)
         except Exception as error:  # safetensors has errors of its own; none may get lost in this thread
-            self._error = error
+            reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            self._troubles.append(f"{self._folder}: the checkpoint could not be written ({reason})")
 
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(1 << 20):
+        while piece := file.read(_PIECE):
             digest.update(piece)
     return digest.hexdigest()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,15 @@ import torch
 from torch import nn
 
 from cluster.clip import clip_apart
-from cluster.engine_config import EngineConfig, Precision, engine_settings, read_deepspeed_config
+from cluster.engine_config import (
+    EngineConfig,
+    Precision,
+    check_keys,
+    engine_settings,
+    first_trouble,
+    read_deepspeed_config,
+)
+from cluster.gathering import gather_state
 from cluster.loss_scale import GOOD_STEPS_TO_DOUBLE, LOWEST, LossScale, read_loss_scale, write_loss_scale
 from cluster.processes import use_gpus
 from cluster.training_state import MOMENTS, TrainingState
@@ -52,11 +60,15 @@ class Engine:
         default_config: Path,
         clip_only: tuple[str, ...] = (),
         undecayed: frozenset[str] = frozenset(),
+        lr_scales: Mapping[str, float] | None = None,
     ) -> None:
-        """`micro_rows` rows a forward, `micro_batches` forwards a step: DeepSpeed insists on their product.
+        """Takes the module from the CPU, on which it may be larger than a device is.
+
+        `micro_rows` rows a forward, `micro_batches` forwards a step: DeepSpeed insists on their product.
 
         `clip_only`: how the names of the parameters begin that are clipped, by their own norm; empty for all.
-        `undecayed`: the names of those that weight decay leaves alone.
+        `undecayed`: the names of those that weight decay leaves alone. `lr_scales`: how names begin whose learning rate
+        is so many times that of the others.
         """
         self._ds = _import_deepspeed(config.precision)
         self._stage = config.zero_stage
@@ -70,7 +82,9 @@ class Engine:
             micro_batches,
             0.0 if clip_only else grad_clip,
         )
-        optimizer = torch.optim.AdamW(parameter_groups(module, weight_decay, undecayed), lr=0.0)
+        optimizer = torch.optim.AdamW(parameter_groups(module, weight_decay, undecayed, lr_scales or {}), lr=0.0)
+        if config.zero_stage == 3:
+            _share_out(self._ds, module, config.precision, settings)
         self._engine, self._optimizer, _, _ = self._ds.initialize(
             model=module, optimizer=optimizer, config=settings, dist_init_required=False
         )
@@ -118,7 +132,7 @@ class Engine:
         Raises UserError where fp16 gradients overflow at any loss scale.
         """
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         cut = 0.0
         if self._clip_apart and self._grad_clip:
             scale = self.loss_scale.scale if self.loss_scale else 1.0
@@ -144,22 +158,12 @@ class Engine:
         """The loss scale of fp16."""
         return read_loss_scale(self._scaler) if self._scaler is not None else None
 
-    def state(self) -> TrainingState:
-        """The whole training state, gathered on every rank."""
-        get = self._ds.utils
-        parameters: dict[str, torch.Tensor] = {}
-        moments: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in MOMENTS}
-        for name, parameter in self._trained():
-            if self._stage == 0:
-                found = self._optimizer.state[parameter]
-                parameters[name] = _whole(parameter)
-                for moment in MOMENTS:
-                    moments[moment][name] = _whole(found[moment])
-                continue
-            parameters[name] = _whole(get.safe_get_full_fp32_param(parameter))
-            for moment in MOMENTS:
-                moments[moment][name] = _whole(get.safe_get_full_optimizer_state(parameter, moment))
-        return TrainingState(parameters, moments, self._steps, self.loss_scale)
+    def state(self) -> TrainingState | None:
+        """The whole training state, on rank 0; None on the others."""
+        found = gather_state(self._optimizer, self._stage, dict(self._trained()))
+        if found is None:
+            return None
+        return TrainingState(found.pop("parameters"), found, self._steps, self.loss_scale)
 
     def restore(self, state: TrainingState) -> None:
         """Sets the float32 parameters and Adam's state.
@@ -234,27 +238,71 @@ class Engine:
         return Stepped(norm, math.isfinite(norm))
 
 
-def parameter_groups(module: nn.Module, weight_decay: float, undecayed: frozenset[str]) -> list[dict[str, Any]]:
-    """AdamW's groups: what is decayed, and what is not, as far as there is anything in them."""
-    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+def check_deepspeed_config(path: Path, config: EngineConfig) -> None:
+    """Raises UserError, before anything is trained, where DeepSpeed would refuse a JSON, or pass over a key of it."""
+    settings = read_deepspeed_config(path)
+    deepspeed = _load_deepspeed()
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.monitor.config import DeepSpeedMonitorConfig
+    from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+
+    known = {
+        **{name: field.annotation for name, field in DeepSpeedMonitorConfig.model_fields.items()},
+        "zero_optimization": DeepSpeedZeroConfig,
+        "comms_logger": CommsLoggerConfig,
+        "timers": {"throughput": DeepSpeedThroughputTimerConfig},
+        "flops_profiler": vars(DeepSpeedFlopsProfilerConfig({})),
+        "aio": AIO_DEFAULT_DICT,
+        "data_types": {"grad_accum_dtype": None, "keep_in_fp32_modules": None},
+    }
+    for section, content in settings.items():
+        if section in known:
+            check_keys(path, section, content, known[section])
+    size = deepspeed.comm.get_world_size() if deepspeed.comm.is_initialized() else 1
+    try:
+        DeepSpeedConfig(engine_settings(settings, config, size, 1, 1, 1.0))
+    except Exception as error:  # pydantic's, assertions, and whatever a value of the wrong kind leads to
+        raise UserError(f"{path}: DeepSpeed does not take it ({first_trouble(error)}); correct the file") from None
+
+
+def parameter_groups(
+    module: nn.Module, weight_decay: float, undecayed: frozenset[str], lr_scales: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """AdamW's groups: what is decayed, and what is not, by learning rate, as far as there is anything in them."""
     spared = undecayed if weight_decay else frozenset()
-    groups = [
-        {"params": [p for name, p in trained if name not in spared], "weight_decay": weight_decay},
-        {"params": [p for name, p in trained if name in spared], "weight_decay": 0.0},
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            scale = next((scale for start, scale in lr_scales.items() if name.startswith(start)), 1.0)
+            groups.setdefault((scale, 0.0 if name in spared else weight_decay), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+        for (scale, decay), parameters in groups.items()
     ]
-    return [group for group in groups if group["params"]]
+
+
+def _share_out(deepspeed: Any, module: nn.Module, precision: Precision, settings: dict[str, Any]) -> None:
+    """Gives every rank its pieces of a module under ZeRO 3, parameter by parameter.
+
+    DeepSpeed would bring the whole module to each device first, and then cut it.
+    """
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)  # DeepSpeed takes pieces as they are
+    deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=dtype)
+    module.to(deepspeed.get_accelerator().current_device_name())  # the buffers, which stay whole
 
 
 def _overflows_always() -> UserError:
     return UserError("the gradients overflow in fp16 at any loss scale; go on with --precision bf16 or fp32")
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=True)
-
-
-def _import_deepspeed(precision: Precision) -> Any:
-    """Imports DeepSpeed quietly, and without the compilers that it starts on a CPU."""
+def _load_deepspeed() -> Any:
+    """Imports DeepSpeed, quietly."""
     if not use_gpus():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
@@ -262,6 +310,12 @@ def _import_deepspeed(precision: Precision) -> Any:
 
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _import_deepspeed(precision: Precision) -> Any:
+    """Imports DeepSpeed and lets it join the process group, without the compilers that it starts on a CPU."""
+    deepspeed = _load_deepspeed()
     # It would compile an operator that only inference uses, for up to a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
     if precision == "fp16" and not use_gpus():

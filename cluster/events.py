@@ -1,7 +1,8 @@
 """What happened, when: the one source that metrics, TensorBoard, Prometheus, the progress line and reports read.
 
 An event covers the wall time [t0, t1] and carries plain facts. A log writes each event of its rank as a JSON line to
-RUN/events/ and hands it to its sinks.
+RUN/events/ and hands it to its sinks. On the way it adds where the rank's time went since the event before, so that
+the seconds of an attempt's events add up to its wall time.
 """
 
 from __future__ import annotations
@@ -9,13 +10,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster.appender import Appender
+from cluster.clock import Clock, spent_since
+
 # start: from process start to the first step, with what was restored; steps: all since the last event of this kind.
-# bad_samples: damaged scenes that were passed over since the last event of this kind.
-Kind = Literal["start", "steps", "bad_samples", "validation", "checkpoint", "stop"]
+# bad_samples: damaged scenes that were passed over since the last event of this kind; storage: something that could not
+# be written; straggler: a rank that is slower than others; hang: the watchdog ends an attempt that stood still.
+Kind = Literal["start", "steps", "bad_samples", "validation", "checkpoint", "storage", "straggler", "hang", "stop"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Event:
     t0: float
     t1: float
     facts: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # by bucket (cluster/clock.py), since the event before
 
 
 Sink = Callable[[Event], None]
@@ -42,17 +48,32 @@ def without_nan(content: Any) -> Any:
 class EventLog:
     """The events of one rank in one attempt."""
 
-    def __init__(self, folder: Path, attempt: int, rank: int, sinks: Sequence[Sink]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / f"attempt-{attempt:04d}-rank-{rank:05d}.jsonl").open("a", buffering=1)
-        self._sinks = tuple(sinks)
+    def __init__(
+        self, folder: Path, attempt: int, rank: int, sinks: Sequence[Sink], clock: Clock, appender: Appender
+    ) -> None:
+        self._path = folder / f"attempt-{attempt:04d}-rank-{rank:05d}.jsonl"
+        self._sinks, self._clock, self._appender = tuple(sinks), clock, appender
+        self._seconds: dict[str, float] = {}
 
     def emit(self, event: Event) -> None:
-        """Writes an event and tells the sinks."""
-        self._file.write(json.dumps(without_nan(asdict(event))) + "\n")
+        """Writes an event and tells the sinks. For the main thread."""
+        told = self.record(event)
         for sink in self._sinks:
-            sink(event)
+            sink(told)
 
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+    def record(self, event: Event) -> Event:
+        """Writes an event, with where the time went until now, and tells nobody. Returns what was written."""
+        seconds = self._clock.seconds()
+        event = replace(event, seconds=spent_since(self._seconds, seconds))
+        self._seconds = seconds
+        self._appender.append(self._path, json.dumps(without_nan(asdict(event))).encode() + b"\n")
+        return event
+
+    def troubles(self) -> list[str]:
+        """What could not be written since the last call."""
+        return self._appender.troubles()
+
+    def instant(self, kind: Kind, facts: dict[str, Any] | None = None) -> Event:
+        """An event of this moment."""
+        now = self._clock.now()
+        return Event(kind, self._clock.place.step, now, now, facts or {})

@@ -11,9 +11,7 @@ that a damaged line is noticed; what a killed write left is told apart from what
 from __future__ import annotations
 
 import bisect
-import contextlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from cluster.appender import Appender
 from cluster.attempt import Attempt, is_superseded
-from cluster.durable import sync
 from nsi.errors import UserError
 
 _WRAP = (1 << 64) - 1
@@ -102,36 +100,27 @@ class Standing:
 
 
 class LedgerWriter:
-    """The ledger of one attempt. Every method raises UserError where the file cannot be written."""
+    """The ledger of one attempt."""
 
-    def __init__(self, folder: Path, attempt: int, batch_size: int) -> None:
+    def __init__(self, folder: Path, attempt: int, batch_size: int, appender: Appender) -> None:
         self._path = folder / f"attempt-{attempt:04d}.jsonl"
-        self._batch_size = batch_size
-        with _telling(self._path):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("ab")
-            sync(folder)
+        self._batch_size, self._appender = batch_size, appender
+        appender.append(self._path, b"")  # a file says that there was a ledger, be it empty
 
     def write(self, first_step: int, digests: Sequence[int], skipped: Sequence[Skipped] = ()) -> None:
         """Appends what the steps first_step, first_step + 1, ... read; nothing where there are no digests.
 
         A digest may be any integer that is right modulo 2^64: a sum of int64 that wrapped around, say.
         """
-        if not digests:
-            return
-        with _telling(self._path):
-            self._file.write(_line(first_step, self._batch_size, digests, skipped))
-            self._file.flush()
+        if digests:
+            self._appender.append(self._path, _line(first_step, self._batch_size, digests, skipped))
 
     def sync(self) -> None:
-        """Returns when all that was written lies on disk: before a checkpoint is committed, so that none outruns it."""
-        with _telling(self._path):
-            os.fsync(self._file.fileno())
+        """Returns when all that was written lies on disk: before a checkpoint is committed, so that none outruns it.
 
-    def close(self) -> None:
-        """Closes the file."""
-        with _telling(self._path):
-            self._file.close()
+        Raises OSError where it cannot.
+        """
+        self._appender.sync(self._path)
 
 
 def read_ledger(folder: Path) -> Ledger:
@@ -250,15 +239,3 @@ def _parse(piece: bytes, path: Path, line: int, attempt: int) -> Entry | None:
 
 def _where(path: Path, line: int) -> str:
     return f"{path.parent.name}/{path.name} line {line}"
-
-
-@contextlib.contextmanager
-def _telling(path: Path) -> Iterator[None]:
-    """Says in one line what stopped the file from being written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); make room or mend the folder and start again, "
-            "the run goes on from its newest checkpoint"
-        ) from None

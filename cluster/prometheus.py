@@ -97,18 +97,27 @@ def _sink(registry: CollectorRegistry, labels: dict[str, str]) -> Sink:
     gauges = {key: gauge(*described) for key, described in _GAUGES.items()}
     steps = counter("nsi_steps", "Optimizer steps done by this process")
     images = counter("nsi_images", "Images of the whole batch trained on since this process began")
-    step_seconds = counter("nsi_step_seconds", "Seconds spent in steps, the wait for data left out")
-    wait_seconds = counter("nsi_data_wait_seconds", "Seconds spent waiting for data")
+    seconds = {
+        "start": counter("nsi_start_seconds", "Seconds from the process's beginning to its first step"),
+        "restore": counter("nsi_restore_seconds", "Seconds spent finding and loading a checkpoint"),
+        "data_wait": counter("nsi_data_wait_seconds", "Seconds spent waiting for data"),
+        "step": counter("nsi_step_seconds", "Seconds spent in steps, the wait for data left out"),
+        "checkpoint": counter("nsi_checkpoint_seconds", "Seconds that steps stood still for checkpoints"),
+        "eval": counter("nsi_eval_seconds", "Seconds spent in validation"),
+    }
+    storage = counter("nsi_storage_failures", "Times that something of the run could not be written; it is tried again")
     bad_samples = counter("nsi_bad_samples", "Damaged scenes that --on_bad_sample skip passed over, of all ranks")
     overflows = counter("nsi_overflows", "Steps left out since fp16 gradients overflowed")
     nonfinite = counter("nsi_nonfinite_steps", "Steps left out since the loss or its gradient was no finite number")
-    saves = counter("nsi_checkpoints", "Checkpoints written")
-    save_seconds = counter("nsi_checkpoint_seconds", "Seconds that steps stood still for checkpoints")
+    saves = counter("nsi_checkpoints", "Checkpoints handed to the writer")
     step_now = gauge("nsi_progress_steps", "Steps done since the run began, over all attempts")
+    slowness = gauge("nsi_slowness_ratio", "This rank's own part of a step as a multiple of the median rank's")
     recall = gauge("nsi_validation_recall_at_5_ratio", "Validation retrieval R@5, mean of both directions")
 
     def feed(event: Event) -> None:
         step_now.set(event.step)
+        for bucket, spent in event.seconds.items():
+            seconds[bucket].inc(spent)
         if event.kind == "steps":
             for key, made in gauges.items():
                 made.set(event.facts[key])
@@ -116,13 +125,13 @@ def _sink(registry: CollectorRegistry, labels: dict[str, str]) -> Sink:
             images.inc(event.facts["images"])
             overflows.inc(event.facts["overflows"])
             nonfinite.inc(event.facts["nonfinite_steps"])
-            wait_seconds.inc(event.facts["data_wait_seconds"])
-            step_seconds.inc(max(0.0, event.t1 - event.t0 - event.facts["data_wait_seconds"]))
+            slowness.set(event.facts["slowness"])
         elif event.kind == "bad_samples":
             bad_samples.inc(event.facts["count"])
         elif event.kind == "checkpoint":
             saves.inc()
-            save_seconds.inc(event.t1 - event.t0)
+        elif event.kind == "storage":
+            storage.inc()
         elif event.kind == "validation":
             recall.set(event.facts["R@5"])
 

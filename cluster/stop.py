@@ -21,6 +21,7 @@ class StopRequest:
         self.reason: str | None = None
         self.is_for_good = False  # a person wants the run to end, not to be queued again
         self._heard = 0.0
+        self._since = math.inf
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 signal.signal(number, self._remember)
@@ -28,15 +29,25 @@ class StopRequest:
     def look(self, stop_file: Path | None, deadline: float) -> bool:
         """Whether there is a reason to stop by now; `deadline` in seconds since 1970. One rank looks for the file."""
         if self.reason is None and time.time() >= deadline:
-            self.reason = "its time limit"
+            self._wish("its time limit")
         if self.reason is None and stop_file and stop_file.exists():
-            self.reason, self.is_for_good = str(stop_file), True
+            self._wish(str(stop_file))
+            self.is_for_good = True
         return self.reason is not None
+
+    def is_overdue(self, grace_s: float) -> bool:
+        """Whether the process is still here so long after it was asked to stop."""
+        return time.monotonic() - self._since > grace_s
+
+    def _wish(self, reason: str) -> None:
+        self.reason, self._since = reason, time.monotonic()
 
     def _remember(self, number: int, frame: object) -> None:
         now = time.monotonic()
         if not self._heard:
-            self.reason, self._heard = self.reason or signal.Signals(number).name, now
+            self._heard = now
+            if self.reason is None:
+                self._wish(signal.Signals(number).name)
         elif now - self._heard > ECHO_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

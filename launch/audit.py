@@ -16,6 +16,7 @@ import numpy as np
 import tyro
 
 from cluster.attempt import Attempt, is_superseded, read_attempts
+from cluster.goodput import goodput
 from cluster.ledger import Ledger, Standing, first_gap, lost_steps, read_ledger, standing_steps
 from launch import runfolder
 from launch.progress import progress
@@ -161,6 +162,10 @@ def _summary(run: Path, order: Order, ledger: Ledger, standing: Standing, attemp
         f"  attempts  {len(attempts)}, on {worlds} ranks",
         f"  replayed  {recorded - steps} steps, which later attempts did anew",
     ]
+    spent = goodput(run / runfolder.EVENTS, attempts)
+    parts = [f"{bucket} {seconds:.1f}" for bucket, seconds in spent.seconds.items() if seconds >= 0.05]
+    if parts:
+        lines.append(f"  time      {spent.wall_s:.1f} s: {', '.join(parts)}")
     lines += [
         f"  skipped   step {each.position // order.batch_size}, sample {each.sample}: {each.fault}"
         for each in standing.skipped

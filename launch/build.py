@@ -1,4 +1,4 @@
-"""Puts the parts together that training and evaluation share: the frozen backbone and the model."""
+"""Puts the parts together that training and evaluation share: the backbone and the model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from launch.config import BackboneConfig, TrainConfig
-from nsi.backbone import DCT, Backbone, build_backbone
+from nsi.backbone import DCT, Backbone, Passing, build_backbone
 from nsi.errors import UserError
+from nsi.finetuned import FinetunedInterpreter
 from nsi.model import NeuralSlotInterpreter
 from nsi.schema import Vocabulary
 
@@ -28,9 +29,19 @@ def make_backbone(config: BackboneConfig, image_size: int) -> Backbone:
 
 
 def make_model(config: TrainConfig, vocabulary: Vocabulary, backbone: Backbone) -> NeuralSlotInterpreter:
-    """The model with its initial weights, which the seed alone decides."""
+    """The model with its initial weights, which the seed alone decides; with --backbone_trainable it takes the frozen
+    backbone in, and `standing_before` says what is left before it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.optim.seed)
+        if config.backbone.backbone_trainable:
+            return FinetunedInterpreter(
+                config.model,
+                backbone,
+                config.data.image_size,
+                vocabulary.counts(),
+                config.loss.tau,
+                config.engine.recompute,
+            )
         return NeuralSlotInterpreter(
             config.model,
             backbone.feature_dim,
@@ -39,6 +50,11 @@ def make_model(config: TrainConfig, vocabulary: Vocabulary, backbone: Backbone) 
             config.loss.tau,
             config.engine.recompute,
         )
+
+
+def standing_before(config: BackboneConfig, backbone: Backbone) -> Backbone:
+    """What gives a model its input: the frozen backbone, or what hands images on to a model that holds its own."""
+    return Passing(backbone.grid, backbone.feature_dim) if config.backbone_trainable else backbone
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:

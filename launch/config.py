@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from cluster.engine_config import EngineConfig
+from nsi.backbone import DCT
 from nsi.errors import UsageError, UserError
 from nsi.model import ModelConfig
 
@@ -54,7 +55,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """The frozen feature extractor."""
+    """The feature extractor, frozen unless told otherwise."""
 
     backbone: str = "vit_base_patch8_224.dino"
     """Any timm ViT by name, or "dct": fixed statistics of each patch, which need no weights."""
@@ -65,6 +66,11 @@ class BackboneConfig:
     does. Without effect on "dct"."""
     patch_size: int = 8
     """Patch size of the backbone "dct"; a ViT has its own."""
+    backbone_trainable: bool = False
+    """Train a copy of the ViT too: slots are made of its features, and reconstruct those of the ViT as it was, which
+    stays frozen beside it (Didolkar et al. 2025, FT-DINOSAUR). Its dropout and stochastic depth stay off."""
+    backbone_lr: float = 1e-5
+    """Peak learning rate of a trained backbone; it rises and falls as that of --lr does."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,8 @@ class OptimConfig:
     batch_size: int = 128
     """The GLOBAL batch, on any number of GPUs: a command means the same training everywhere."""
     micro_batch_size: int = 0
-    """Rows a rank takes through the model at once; 0 means all its rows. Smaller ones cost a second forward and
-    change no result: every row still sees all negatives."""
+    """Rows a rank takes through the model at once; 0 means all its rows. Smaller ones cost a second forward of all but
+    the decoder and change no result: every row still sees all negatives."""
     epochs: int = 300
     """Passes over the training split."""
     max_steps: int = 0
@@ -113,7 +119,7 @@ class OptimConfig:
     """Largest gradient norm of what --clip_scope says; 0 does not clip."""
     clip_scope: Literal["all", "slot_encoder"] = "all"
     """Whose gradient is clipped: that of all parameters by one norm, or, as in the public code, that of slot attention,
-    decoder and slot embedding by its own norm, and the schema encoder's never."""
+    decoder and slot embedding (and of a trained backbone) by its own norm, and the schema encoder's never."""
     weight_decay: float = 0.0
     """Weight decay of AdamW, which without it is Adam. Norms, biases and tables are spared."""
 
@@ -126,6 +132,10 @@ class WatchConfig:
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: int = 1000
     """Steps between two checkpoints."""
+    keep_last: int = 2
+    """How many of the newest checkpoints are kept, besides the best one."""
+    keep_every_hours: float = 0.0
+    """Keep, for good, the first checkpoint of every so many hours too; 0 keeps none."""
     validate_every: int = 0
     """Steps between two validations; 0 means once an epoch."""
     select_by: Literal["retrieval", "loss"] = "retrieval"
@@ -135,7 +145,13 @@ class WatchConfig:
     """Minutes after which the run has saved and ended, to be continued by the same command; 0 means no limit of its
     own. The end of a Slurm job counts too, where Slurm tells it."""
     grace_seconds: float = 120.0
-    """How long before that limit the run stops: what a checkpoint may take, with a margin."""
+    """How long before that limit the run stops: what a checkpoint may take, with a margin. A run that is asked to stop
+    and has not ended by itself so long afterwards is ended as it is."""
+    hang_seconds: float = 600.0
+    """How long a rank may stand still before the run is ended, with the stacks of all ranks in RUN/stacks; before the
+    first step three times as long. The scheduler starts it again."""
+    straggler_factor: float = 2.0
+    """A rank that takes so many times as long as the median rank for its own part of a step is named in the log."""
     nonfinite_limit: int = 3
     """Steps in a row whose loss or gradient is no finite number that are left out, the weights unchanged. One more
     stops the run, with the scenes and the largest norms in RUN/nonfinite-STEP.json."""
@@ -176,15 +192,19 @@ def check(config: TrainConfig) -> None:
     positive = {
         "batch_size": config.optim.batch_size,
         "lr": config.optim.lr,
+        "backbone_lr": config.backbone.backbone_lr,
         "tau": config.loss.tau,
         "image_size": config.data.image_size,
         "max_program_len": config.data.max_program_len,
         "log_every": config.watch.log_every,
         "checkpoint_every": config.watch.checkpoint_every,
+        "keep_last": config.watch.keep_last,
         "patience": config.optim.patience,
         "epochs": config.optim.epochs,
         "num_workers": config.data.num_workers,
         "cache_gb": config.data.cache_gb,
+        "hang_seconds": config.watch.hang_seconds,
+        "straggler_factor": config.watch.straggler_factor,
     }
     for name, value in positive.items():
         if not value > 0:
@@ -202,11 +222,16 @@ def check(config: TrainConfig) -> None:
         "nonfinite_limit": config.watch.nonfinite_limit,
         "time_limit": config.watch.time_limit,
         "grace_seconds": config.watch.grace_seconds,
+        "keep_every_hours": config.watch.keep_every_hours,
         "squash_size": config.data.squash_size,
     }
     for name, value in not_negative.items():
         if not value >= 0:
             raise UsageError(f"--{name} {value}: must be at least 0")
+    if config.backbone.backbone_trainable and config.backbone.backbone == DCT:
+        raise UsageError(f"--backbone_trainable: the backbone {DCT!r} has no weights to train; give --backbone a ViT")
+    if config.backbone.backbone_trainable and config.data.features:
+        raise UsageError("--backbone_trainable: needs images, a feature store has none; leave one of the two flags out")
     if not 0 <= config.watch.prometheus_port < 65536:
         raise UsageError(f"--prometheus_port {config.watch.prometheus_port}: must be a port number, or 0 for any")
 
@@ -221,6 +246,8 @@ def science(config: TrainConfig) -> dict[str, Any]:
         "backbone": config.backbone.backbone,
         "normalization": config.backbone.normalization,
         "patch_size": config.backbone.patch_size,
+        "backbone_trainable": config.backbone.backbone_trainable,
+        "backbone_lr": config.backbone.backbone_lr,
         "image_size": config.data.image_size,
         "squash_size": config.data.squash_size,
         "max_program_len": config.data.max_program_len,

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from cluster.events import Event, Sink
 
+_ALWAYS = ("validation", "bad_samples", "storage", "straggler")  # shown besides steps, each time
 PLAIN_EVERY_S = 5.0  # at most one plain line in so many seconds
 
 
@@ -33,6 +34,10 @@ def describe(event: Event) -> str:
         )
     if event.kind == "bad_samples":
         return f"damaged scenes passed over: {facts['count']}, the last: {facts['faults'][-1]}"
+    if event.kind == "storage":
+        return facts["text"]
+    if event.kind == "straggler":
+        return f"rank {facts['rank']} is slow: {facts['times']:.1f} times the median rank's time for its part of a step"
     times = facts["R@5"] / facts["chance_R@5"]
     return (
         f"validation: R@5 {facts['R@5']:.3f} of {facts['gallery']} ({times:.1f} times chance)  loss {facts['loss']:.4f}"
@@ -47,7 +52,7 @@ def _lines(total: int, start: int) -> Sink:
         now = time.monotonic()
         if event.kind == "start":
             began = now
-        if event.kind not in ("steps", "validation", "bad_samples"):
+        if event.kind not in ("steps", *_ALWAYS):
             return
         # Validations, damage, steps that were left out, the first and the last line are always shown.
         plain = event.kind == "steps" and not event.facts["nonfinite_steps"]
@@ -78,7 +83,7 @@ def _bar(total: int, start: int) -> Iterator[Sink]:
         def show(event: Event) -> None:
             if event.kind == "steps":
                 bar.update(task, completed=event.step, description=describe(event))
-            if event.kind in ("validation", "bad_samples") or event.facts.get("nonfinite_steps"):
+            if event.kind in _ALWAYS or event.facts.get("nonfinite_steps"):
                 bar.console.print(f"step {event.step}/{total}  {describe(event)}")
 
         yield show

@@ -17,11 +17,11 @@ import torch
 import tyro
 from PIL import Image
 
-from cluster.attempt import is_superseded, read_attempts
-from cluster.checkpoint import STATE, checkpoint_path, newest_verified, read_checkpoint
+from cluster.checkpoint_folder import checkpoint_path
 from cluster.processes import use_gpus
 from launch import runfolder
-from launch.build import make_backbone, make_model
+from launch.build import make_backbone, make_model, standing_before
+from launch.choose import trained_checkpoint
 from launch.config import TrainConfig, from_json
 from launch.progress import progress
 from launch.validation import VALIDATION_STEP
@@ -33,7 +33,7 @@ from nsi.metrics.discovery import Discovery, contingency, discovery, summarise_d
 from nsi.metrics.grounding import Grounding, grounding, summarise_grounding
 from nsi.metrics.retrieval import ranks, retrieval, schema_groups
 from nsi.metrics.view import OFFICIAL_VIEW, peaks, segments, view_alphas, view_masks
-from nsi.model import NeuralSlotInterpreter, Output
+from nsi.model import NeuralSlotInterpreter, Output, load_trained
 from nsi.noise import KeyedNoise
 from nsi.schema import Vocabulary
 from shards.decode import decode_image_frame, decode_mask, resize
@@ -88,7 +88,9 @@ def run(config: EvalConfig) -> None:
     """Evaluates a run and writes what was found."""
     if config.batch_size < 1 or config.num_workers < 1:
         raise UsageError("--batch_size and --num_workers must be at least 1")
-    checkpoint = read_checkpoint(_find(config))
+    checkpoint = trained_checkpoint(
+        config.run, config.checkpoint, lambda text: print(f"nsi eval: {text}", file=sys.stderr)
+    )
     trained = from_json(TrainConfig, checkpoint.facts["config"])
     if not (data_path := config.data_path or trained.data_path):
         raise UsageError(f"{config.run}: names no shards; give --data_path")
@@ -102,10 +104,10 @@ def run(config: EvalConfig) -> None:
     if parameters_hash(backbone) != checkpoint.facts["backbone_hash"]:
         raise UserError(f"{config.run}: was trained on other backbone weights; put the same file back in its place")
     model = make_model(trained, split.manifest.vocabulary, backbone)
-    model.load_state_dict(checkpoint.training.parameters)
+    load_trained(model, checkpoint.training.parameters)
     device = torch.device("cuda" if use_gpus() else "cpu")
     model.to(device).eval()
-    backbone.to(device)
+    backbone = standing_before(trained.backbone, backbone).to(device)
 
     results: list[SceneResult] = []
     frames: list[dict[str, Any]] = []
@@ -140,29 +142,6 @@ def run(config: EvalConfig) -> None:
     _write(config, content, frames, scores_SS)
     print(_summary(content))
     print(f"written to {runfolder.eval_path(config.run, config.split)}; next: nsi report {config.run}")
-
-
-def _find(config: EvalConfig) -> Path:
-    """The checkpoint that is asked for. Raises UserError where the run has none."""
-    folder = config.run / runfolder.CHECKPOINTS
-    if not config.run.is_dir():
-        raise UserError(f"{config.run}: no such run folder; give the --log_path of `nsi train`")
-    attempts = read_attempts(config.run / runfolder.ATTEMPTS)
-    newest = newest_verified(
-        folder,
-        lambda text: print(f"nsi eval: {text}", file=sys.stderr),
-        lambda step, number: is_superseded(step, number, attempts),
-    )
-    if newest is None:
-        raise UserError(f"{folder}: holds no complete checkpoint; train first, or wait for the first one")
-    if config.checkpoint == "last":
-        return newest
-    if config.checkpoint == "best":
-        best = json.loads((newest / STATE).read_text())["best"]
-        return checkpoint_path(folder, int(best["step"])) if best else newest
-    if not config.checkpoint.isdigit():
-        raise UsageError(f"--checkpoint {config.checkpoint}: give best, last or the number of a step")
-    return checkpoint_path(folder, int(config.checkpoint))
 
 
 def _embed(model: NeuralSlotInterpreter, backbone: torch.nn.Module, batch: Batch, seed: int) -> Output:

@@ -231,6 +231,8 @@ def _check(config: FeaturesConfig) -> Part | None:
             raise UsageError(f"--{name} {getattr(config, name)}: must be above 0")
     if config.squash_size < 0:
         raise UsageError(f"--squash_size {config.squash_size}: must be at least 0")
+    if config.backbone.backbone_trainable:
+        raise UsageError("--backbone_trainable: only a frozen backbone's features can be stored; leave it out")
     return parse_part(config.part)
 
 

@@ -2,51 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Iterator
-
+from cluster.clock import Clock, spent_since
 from cluster.events import Event
 from cluster.loss_scale import LossScale
 from launch.config import TrainConfig
 from launch.step import StepResult
-from nsi.batch import Batch
 from shards.order import Order
 
 
 class Meter:
-    """Adds up what a logged interval took: the waits for data, the steps, and nothing else."""
+    """Adds up what a logged interval of steps took, by a clock that others move too."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._reset()
 
     def _reset(self) -> None:
-        self._began: float | None = None
+        self._began = self._clock.now()
+        self._seconds = self._clock.seconds()
         self._steps = 0
-        self._waited = 0.0
-        self._stepped = 0.0
         self._broken = 0
         self._overflows = 0
 
-    def wait_for(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch."""
-        t0 = time.time()
-        if self._began is None:
-            self._began = t0
-        batch = next(batches)
-        self._waited += time.time() - t0
-        return batch
-
-    @contextlib.contextmanager
-    def stepping(self) -> Iterator[None]:
-        """Times one step."""
-        t0 = time.time()
-        yield
-        self._stepped += time.time() - t0
-        self._steps += 1
-
     def count(self, result: StepResult, broken: bool) -> None:
-        """Counts a step that was left out: for want of finite numbers, or since fp16 gradients overflowed."""
+        """Counts a step, and whether it was left out: for want of finite numbers, or as fp16 gradients overflowed."""
+        self._steps += 1
         self._broken += broken
         self._overflows += not broken and not result.applied
 
@@ -58,12 +38,15 @@ class Meter:
         config: TrainConfig,
         order: Order,
         world: int,
-        loss_scale: LossScale | None = None,
+        loss_scale: LossScale | None,
+        slowness: float,
     ) -> Event:
-        """The interval as an event, and a fresh interval."""
+        """The interval as an event, and a fresh interval; `slowness` is this rank's, as the watchdog has it."""
         contrastive, reconstruction = float(result.contrastive), float(result.reconstruction)
         loss = contrastive + config.loss.beta * reconstruction
         images = self._steps * config.optim.batch_size
+        spent = spent_since(self._seconds, self._clock.seconds())
+        waited, stepped = spent.get("data_wait", 0.0), spent.get("step", 0.0)
         facts = {
             "epoch": order.epoch(step),
             "loss": loss,
@@ -71,17 +54,18 @@ class Meter:
             "reconstruction": reconstruction,
             "lr": lr,
             "grad_norm": float(result.grad_norm),
-            "images_per_second": images / max(1e-9, self._waited + self._stepped),
+            "images_per_second": images / max(1e-9, waited + stepped),
             "world_size": world,
             "zero_stage": config.engine.zero_stage,
             "steps": self._steps,
             "images": images,
-            "data_wait_seconds": self._waited,
-            "step_seconds": self._stepped,
+            "data_wait_seconds": waited,
+            "step_seconds": stepped,
             "nonfinite_steps": self._broken,
             "overflows": self._overflows,
             "loss_scale": loss_scale.scale if loss_scale else 1.0,
+            "slowness": slowness,
         }
-        began = self._began or time.time()
+        began = self._began
         self._reset()
-        return Event("steps", step, began, time.time(), facts)
+        return Event("steps", step, began, self._began, facts)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cluster.collectives import collect
+from cluster.collectives import collect, share
 from cluster.engine import Engine
 from launch.step import Features, StepResult, StepSettings, features_of, forward, micro_batches
 from nsi.batch import Batch
@@ -40,9 +40,10 @@ def report(
             for micro in micro_batches(batch, settings)
             for scene in _scenes(engine, features_of(micro, backbone), micro, step, settings)
         ]
+    state = engine.state()
     parameters = [
         {"name": name, "norm": tensor.norm().item(), "largest": tensor.abs().max().item()}
-        for name, tensor in engine.state().parameters.items()
+        for name, tensor in (state.parameters if state else {}).items()
     ]
     return {
         "step": step + 1,
@@ -50,7 +51,7 @@ def report(
         "reconstruction": float(result.reconstruction),
         "grad_norm": result.grad_norm,
         "samples": sorted((scene for part in collect(own) for scene in part), key=_worst_first),
-        "parameters": sorted(parameters, key=lambda each: _rank(each["norm"]))[:LARGEST],
+        "parameters": sorted(share(parameters), key=lambda each: _rank(each["norm"]))[:LARGEST],
     }
 
 
@@ -69,7 +70,7 @@ def suspects(found: dict[str, Any]) -> str:
 
 def advice(found: dict[str, Any]) -> str:
     """What to do about it."""
-    features = [scene["largest"]["features"] for scene in found["samples"]]
+    features = [scene["largest"].get("features", 0.0) for scene in found["samples"]]  # none where they are trained too
     if all(map(math.isfinite, features)):
         return "start a fresh --log_path with a lower --lr or more --lr_warmup_steps"
     return "the model is not at fault: check --backbone_weights, or write the feature store again"
@@ -85,8 +86,8 @@ def _scenes(
 ) -> list[dict[str, Any]]:
     """The largest absolute values of each of this rank's scenes, in the order in which they are computed."""
     output = forward(engine, features_RPF, batch, step, settings)
-    largest = {
-        "features": features_RPF,
+    largest = {"features": features_RPF} if features_RPF.is_floating_point() else {}  # else images
+    largest |= {
         "slots": output.slots_BND,
         "slot_embeddings": output.slot_embeddings_BNE,
         "primitive_embeddings": output.primitive_embeddings_BTE.masked_fill(~batch.objects_BT[..., None], 0),

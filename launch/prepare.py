@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from dataclasses import dataclass
@@ -12,18 +13,21 @@ import torch
 
 from cluster.attempt import Attempt, take_attempt
 from cluster.checkpoint import Checkpoint
-from cluster.engine_config import read_deepspeed_config
+from cluster.checkpoint_folder import clear_leftovers
+from cluster.engine import check_deepspeed_config
+from cluster.engine_config import precision_note
 from cluster.prometheus import forget_endpoints
 from cluster.world import World
 from launch import runfolder
-from launch.build import make_backbone, make_model
+from launch.build import make_backbone, make_model, standing_before
+from launch.choose import Choice, choose, load_chosen
 from launch.compiling import compile_model
 from launch.config import TrainConfig, to_json
-from launch.resume import find_checkpoint, load_start
+from launch.resume import check_belongs, load_start
 from launch.stored import open_features
 from nsi.backbone import Backbone, parameters_hash
 from nsi.errors import UserError
-from nsi.model import NeuralSlotInterpreter
+from nsi.model import NeuralSlotInterpreter, load_trained
 from nsi.schema import Vocabulary
 from shards.loading.loader import check_fits
 from shards.loading.rows import SceneShape
@@ -45,19 +49,20 @@ class Parts:
     val_rows: Split
     shape: SceneShape
     order: Order
-    backbone: Backbone
-    backbone_hash: str
+    backbone: Backbone  # what stands before the model
+    backbone_hash: str  # of the frozen weights, trained on or not
     model: NeuralSlotInterpreter
     restored: Checkpoint | None
 
 
-def prepare(config: TrainConfig, speak: bool, first_of_node: bool) -> Parts:
-    """Opens the data, builds the model, and finds what to go on from.
+def prepare(config: TrainConfig, speak: bool, first_of_node: bool, choice: Choice | None = None) -> Parts:
+    """Opens the data, builds the model, and loads what to go on from.
 
-    `speak`: whether to print warnings. `first_of_node`: whether to look if all shards are there, once a node.
+    `speak`: whether to print warnings. `first_of_node`: whether to look if all shards are there, once a node. `choice`:
+    the checkpoint that one rank chose for all; without it this process chooses for itself.
     Raises UserError for anything that does not fit together.
     """
-    read_deepspeed_config(config.engine.deepspeed_config or DEEPSPEED_CONFIG)  # the engine reads it again, too late
+    check_deepspeed_config(config.engine.deepspeed_config or DEEPSPEED_CONFIG, config.engine)
     cache = ShardCache(config.data.cache_path, int(config.data.cache_gb * 1e9)) if config.data.cache_path else None
     train_split, val_split = open_splits(config.data_path, ("train", "val"), cache)
     data = train_split, val_split
@@ -78,17 +83,28 @@ def prepare(config: TrainConfig, speak: bool, first_of_node: bool) -> Parts:
         backbone = make_backbone(config.backbone, config.data.image_size)
         backbone_hash = parameters_hash(backbone)
     warn = _warn if speak else lambda text: None
-    restored = find_checkpoint(config, train_split, backbone_hash, speak)
-    model = make_model(config, train_split.manifest.vocabulary, backbone)
+    restored = load_chosen(config.log_path, choice or choose(config))
     if restored:
-        model.load_state_dict(restored.training.parameters)
+        check_belongs(restored, config, train_split, backbone_hash, warn)
+    model = make_model(config, train_split.manifest.vocabulary, backbone)
+    if (note := precision_note(config.engine)) and not (restored and _same_precision(restored, config)):
+        warn(note)
+    if restored:
+        load_trained(model, restored.training.parameters)
     elif config.checkpoint_path:
         load_start(model, config.checkpoint_path, config, train_split, backbone_hash, warn)
     if config.engine.compile:
         compile_model(model, config.engine.zero_stage, warn)
     order = Order(train_split.shard_samples, config.optim.seed, config.optim.batch_size)
     shape = _shape(config, train_rows)
-    return Parts(*data, train_rows, val_rows, shape, order, backbone, backbone_hash, model, restored)
+    before = standing_before(config.backbone, backbone)
+    return Parts(*data, train_rows, val_rows, shape, order, before, backbone_hash, model, restored)
+
+
+def _same_precision(restored: Checkpoint, config: TrainConfig) -> bool:
+    """Whether the run came by its precision in the same way before, and has said so."""
+    before = restored.facts["config"]["engine"]
+    return (before["precision"], before["zero_stage"]) == (config.engine.precision, config.engine.zero_stage)
 
 
 def _warn(text: str) -> None:
@@ -103,12 +119,14 @@ def _shape(config: TrainConfig, rows: Split) -> SceneShape:
     return SceneShape(config.data.image_size, objects, config.data.squash_size)
 
 
-def begin(config: TrainConfig, world: World, parts: Parts) -> Attempt | None:
-    """Rank 0 takes the attempt's number and writes down what is about to run."""
+def begin(config: TrainConfig, world: World, parts: Parts, started: float) -> Attempt | None:
+    """Rank 0, whose process `started` then, takes the attempt's number and writes down what is about to run."""
     if world.rank != 0:
         return None
     step = parts.restored.step if parts.restored else 0
-    attempt = take_attempt(config.log_path / runfolder.ATTEMPTS, world.size, world.launcher, step)
+    attempt = take_attempt(config.log_path / runfolder.ATTEMPTS, world.size, world.launcher, step, started)
+    with contextlib.suppress(OSError):  # what stays takes some room, and is tried again after a checkpoint
+        clear_leftovers(config.log_path / runfolder.CHECKPOINTS, attempt.number)
     for mark in (runfolder.STOPPED, runfolder.STOP):
         (config.log_path / mark).unlink(missing_ok=True)
     forget_endpoints(config.log_path)
@@ -154,6 +172,6 @@ def record(
             "feature_dim": backbone.feature_dim,
             "grid": backbone.grid,
         },
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
     }

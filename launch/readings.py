@@ -61,8 +61,3 @@ class Readings:
                 f"the last: {skipped[-1].fault}"
             )
         return skipped
-
-    def sync(self) -> None:
-        """Returns when all that was flushed lies on disk."""
-        if self._ledger:
-            self._ledger.sync()

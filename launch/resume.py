@@ -1,20 +1,18 @@
-"""What a run goes on from: its newest verified checkpoint, checked against what is asked for now."""
+"""What a run goes on from, checked against what is asked for now; and what it leaves for that."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.attempt import is_superseded, read_attempts
-from cluster.checkpoint import Checkpoint, newest_verified, read_checkpoint
-from launch import runfolder
+from cluster.checkpoint import Checkpoint, load_checkpoint
 from launch.config import TrainConfig, from_json, science, to_json
 from launch.schedule import Plateau
 from nsi.errors import UserError
-from nsi.model import NeuralSlotInterpreter
+from nsi.finetuned import fitted
+from nsi.model import NeuralSlotInterpreter, load_trained
 from nsi.schema import Vocabulary
 from shards.reading.dataset import Split
 
@@ -34,24 +32,13 @@ class Progress:
     best: dict[str, float]  # {"step", "R@5", "loss"} of the best validation, empty before the first
 
 
-def find_checkpoint(config: TrainConfig, train: Split, backbone_hash: str, speak: bool) -> Checkpoint | None:
-    """The run's newest verified checkpoint, if it belongs to this configuration and data."""
+def check_belongs(
+    restored: Checkpoint, config: TrainConfig, train: Split, backbone_hash: str, warn: Callable[[str], None]
+) -> None:
+    """Raises UserError unless a run's checkpoint belongs to this configuration and data; `warn` is told what has
+    changed and may change."""
     folder = config.log_path
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; give --log_path a folder")
-
-    def warn(text: str) -> None:
-        if speak:
-            print(f"nsi train: {text}", file=sys.stderr)
-
-    attempts = read_attempts(folder / runfolder.ATTEMPTS)
-    path = newest_verified(
-        folder / runfolder.CHECKPOINTS, warn, lambda step, number: is_superseded(step, number, attempts)
-    )
-    if path is None:
-        return None
-    restored = read_checkpoint(path)
-    _check_schema(path, restored, train)
+    _check_schema(folder, restored, train)
     if restored.facts["fingerprint"] != train.manifest.fingerprint:
         raise UserError(f"{folder}: was trained on other shards than {config.data_path}; choose another --log_path")
     before = science(from_json(TrainConfig, restored.facts["config"]))
@@ -65,7 +52,6 @@ def find_checkpoint(config: TrainConfig, train: Split, backbone_hash: str, speak
     then = restored.facts["config"]["optim"]
     if (then["max_steps"], then["epochs"]) != (config.optim.max_steps, config.optim.epochs):
         warn("training ends elsewhere than before (--max_steps, --epochs), so the learning rate takes another course")
-    return restored
 
 
 def load_start(
@@ -76,8 +62,9 @@ def load_start(
     backbone_hash: str,
     warn: Callable[[str], None],
 ) -> None:
-    """Weights of another run's checkpoint into a fresh model; `warn` is told what else than shapes does not agree."""
-    start = read_checkpoint(path)
+    """Weights of another run's checkpoint, verified before, into a fresh model; `warn` is told what else than shapes
+    does not agree."""
+    start = load_checkpoint(path)
     _check_schema(path, start, train)
     before, now = science(from_json(TrainConfig, start.facts["config"])), science(config)
     if before["learned_tau"] and now["learned_tau"] and before["tau"] != now["tau"]:
@@ -86,13 +73,15 @@ def load_start(
             f"give --tau {before['tau']} as the checkpoint's run had"
         )
     try:
-        model.load_state_dict(start.training.parameters)
+        load_trained(model, fitted(model, start.training.parameters))
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise UserError(
             f"{path}: does not fit this model ({reason}); give the flags that it was trained with"
         ) from None
     changed = [f"--{name} was {before[name]}, is {now[name]}" for name in MODEL if before[name] != now[name]]
+    if before["backbone_trainable"] and not now["backbone_trainable"]:
+        changed.append("the backbone that it trained is left out, the frozen one stands in its place")
     if start.facts["backbone_hash"] != backbone_hash:
         changed.append("the backbone has other weights or patches")
     if changed:

@@ -18,6 +18,7 @@ LEDGER = "ledger"
 TENSORBOARD = "tensorboard"
 BACKBONE = "backbone.safetensors"  # the frozen ViT of an imported model
 REPORT = "report.html"
+STACKS = "stacks"  # where every rank was when the watchdog ended an attempt
 NONFINITE = "nonfinite"  # reports of a step whose numbers were none, -STEP.json
 STOP = "stop"  # made by a person, it ends the run after its step, saved
 STOPPED = "stopped"  # there while a run was cut by a signal; a batch script requeues on it

@@ -1,9 +1,9 @@
 """One training step: this rank's rows through the model, everybody's embeddings in the loss, one exact gradient.
 
-With several micro-batches every row still sees all negatives: a first pass without gradients gives all embeddings,
-the loss gives their gradients, and a second pass carries those into the parameters, a micro-batch at a time (Gao et
-al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"). Noise is keyed by (seed, step,
-sample), so both passes draw the same.
+With several micro-batches every row still sees all negatives: a first pass without gradients and without the decoder
+gives all embeddings, the loss gives their gradients, and a second pass carries those into the parameters, a micro-batch
+at a time (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"). Noise is keyed
+by (seed, step, sample), so both passes draw the same.
 
 Shapes: R rows of this rank, M rows of a micro-batch, F features.
 """
@@ -26,7 +26,8 @@ from nsi.model import Output
 from nsi.noise import KeyedNoise
 from nsi.tokens import unpack
 
-Features = Callable[[torch.Tensor], torch.Tensor]  # images_BCHW to features_BPF, a frozen backbone
+# images_BCHW to features_BPF, a frozen backbone; or to themselves, where the model holds its backbone itself.
+Features = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Differentiated(Protocol):
@@ -46,6 +47,7 @@ class StepSettings:
     rank: int
     batch_size: int  # of all ranks, G
     micro_rows: int  # M
+    feature_dim: int  # F
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,29 @@ class StepResult:
 
 
 def training_step(
-    engine: Engine, backbone: Features, batch: Batch, step: int, lr: float, settings: StepSettings
+    engine: Engine,
+    backbone: Features,
+    batch: Batch,
+    step: int,
+    lr: float,
+    settings: StepSettings,
+    met: Callable[[], None] = lambda: None,
 ) -> StepResult:
-    """Forward, loss, backward and the optimizer's step, by all ranks together."""
-    contrastive, reconstruction = losses_and_gradient(engine, backbone, batch, step, settings)
+    """Forward, loss, backward and the optimizer's step, by all ranks together; `met` is called when this rank has
+    embedded its rows and is about to meet the others."""
+    contrastive, reconstruction = losses_and_gradient(engine, backbone, batch, step, settings, met)
     grad_norm, applied = engine.step(lr)
     sums = sum_over_ranks(torch.stack([contrastive.detach().float(), reconstruction.detach().float()]))
     return StepResult(sums[0], sums[1], grad_norm, applied)
 
 
 def losses_and_gradient(
-    engine: Differentiated, backbone: Features, batch: Batch, step: int, settings: StepSettings
+    engine: Differentiated,
+    backbone: Features,
+    batch: Batch,
+    step: int,
+    settings: StepSettings,
+    met: Callable[[], None] = lambda: None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's shares of the contrastive and the reconstruction loss; their gradient is in the engine afterwards.
 
@@ -84,12 +98,13 @@ def losses_and_gradient(
     with torch.no_grad():
         features_MPFs = [features_of(micro, backbone) for micro in micros]
     if len(micros) > 1:
-        return _two_passes(engine, features_MPFs, micros, batch, step, settings)
+        return _two_passes(engine, features_MPFs, micros, batch, step, settings, met)
     output = forward(engine, features_MPFs[0], batch, step, settings)
+    met()
     contrastive = _contrastive(
         output.slot_embeddings_BNE, output.primitive_embeddings_BTE, output.tau_1, batch, settings
     )
-    reconstruction = _reconstruction(output, batch, features_MPFs[0], settings)
+    reconstruction = _reconstruction(output, batch, settings)
     engine.backward(contrastive + settings.loss.beta * reconstruction, last=True)
     return contrastive, reconstruction
 
@@ -115,13 +130,15 @@ def _two_passes(
     batch: Batch,
     step: int,
     settings: StepSettings,
+    met: Callable[[], None],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`losses_and_gradient` by several micro-batches."""
     with torch.no_grad():
         first = [
-            forward(engine, features_MPF, micro, step, settings)
+            forward(engine, features_MPF, micro, step, settings, reconstruct=False)
             for features_MPF, micro in zip(features_MPFs, micros, strict=True)
         ]
+    met()
     # Leaves: the loss's gradient stops here and is carried on below.
     slots_RNE = torch.cat([output.slot_embeddings_BNE for output in first]).requires_grad_()
     primitives_RTE = torch.cat([output.primitive_embeddings_BTE for output in first]).requires_grad_()
@@ -135,7 +152,7 @@ def _two_passes(
     grads = zip(slots_RNE.grad.split(settings.micro_rows), primitives_RTE.grad.split(settings.micro_rows), strict=True)
     for features_MPF, micro, (slots_grad_MNE, primitives_grad_MTE) in zip(features_MPFs, micros, grads, strict=True):
         output = forward(engine, features_MPF, micro, step, settings)
-        part = _reconstruction(output, micro, features_MPF, settings)
+        part = _reconstruction(output, micro, settings)
         # The gradient of <z, g> by the parameters is that of the loss where g is the loss's gradient by z.
         carrier = (output.slot_embeddings_BNE * slots_grad_MNE).sum()
         carrier = carrier + (output.primitive_embeddings_BTE * primitives_grad_MTE).sum()
@@ -146,11 +163,16 @@ def _two_passes(
 
 
 def forward(
-    engine: Differentiated, features_MPF: torch.Tensor, batch: Batch, step: int, settings: StepSettings
+    engine: Differentiated,
+    features_MPF: torch.Tensor,
+    batch: Batch,
+    step: int,
+    settings: StepSettings,
+    reconstruct: bool = True,
 ) -> Output:
-    """The model over some rows, with the noise of a step."""
+    """The model over some rows, with the noise of a step; without `reconstruct` no further than to the embeddings."""
     noise = KeyedNoise(settings.seed, step, batch.sample_ids_B)
-    return engine.forward(features_MPF, batch.labels_BT3, batch.positions_BT3, batch.objects_BT, noise)
+    return engine.forward(features_MPF, batch.labels_BT3, batch.positions_BT3, batch.objects_BT, noise, reconstruct)
 
 
 def _contrastive(
@@ -162,7 +184,7 @@ def _contrastive(
     return total / settings.batch_size
 
 
-def _reconstruction(output: Output, batch: Batch, features_MPF: torch.Tensor, settings: StepSettings) -> torch.Tensor:
+def _reconstruction(output: Output, batch: Batch, settings: StepSettings) -> torch.Tensor:
     """These rows' share of the reconstruction loss."""
     total = output.squared_error_B.masked_fill(~batch.rows_B, 0.0).sum() / settings.batch_size
-    return total / features_MPF.shape[-1] if settings.loss.reconstruction == "mean" else total
+    return total / settings.feature_dim if settings.loss.reconstruction == "mean" else total

@@ -66,7 +66,7 @@ def validate(
             contrastive = contrastive_sum(rows, gather_rows, settings.rank, output.tau_1, settings.loss.score)
             error = output.squared_error_B.masked_fill(~batch.rows_B, 0.0).sum()
             if settings.loss.reconstruction == "mean":
-                error = error / features_BPF.shape[-1]
+                error = error / settings.feature_dim
             sums_3 += torch.stack([contrastive, error, batch.rows_B.sum()]).double().cpu()
             tau = float(output.tau_1)
             kept.append(Rows(*(tensor[batch.rows_B].cpu() for tensor in rows)))

@@ -1,6 +1,7 @@
-"""Frozen feature extractors: from pixels to one feature vector a patch.
+"""Feature extractors: from pixels to one feature vector a patch.
 
-They are never trained, so they stay out of the optimizer and of checkpoints, which keep `parameters_hash` instead.
+They are frozen, so they stay out of the optimizer and of checkpoints, which keep `parameters_hash` instead.
+`nsi/finetuned.py` trains a copy of one.
 
 Shapes: B images, C = 3 channels, H x W pixels, S x S pixels of a patch, P patches (row by row), F features,
 K = 9 lowest DCT coefficients of a channel.
@@ -27,7 +28,8 @@ POSITION_OCTAVES = 4
 
 
 class Backbone(nn.Module):
-    """Images to patch features, without gradients. Stays in eval mode whatever its parent is set to."""
+    """Images to patch features, without gradients unless a parameter wants one. Stays in eval mode whatever its parent
+    is set to, so dropout and stochastic depth are off."""
 
     feature_dim: int
     grid: tuple[int, int]  # patches down, patches across
@@ -43,12 +45,28 @@ class Backbone(nn.Module):
         """uint8 RGB images_BCHW -> features_BPF, float32."""
         raise NotImplementedError
 
+    def recompute(self) -> None:
+        """From now on hidden layers are computed a second time for the backward, not kept. UserError where that can't
+        be had."""
+        raise NotImplementedError
+
 
 def absent_backbone(grid: tuple[int, int], feature_dim: int) -> Backbone:
     """What stands for a backbone whose features were stored: it has their shape, and no images are given to it."""
     backbone = Backbone()
     backbone.grid, backbone.feature_dim = grid, feature_dim
     return backbone
+
+
+class Passing(Backbone):
+    """What stands before a model that holds its backbone itself: it has that one's shape, and hands images on."""
+
+    def __init__(self, grid: tuple[int, int], feature_dim: int) -> None:
+        super().__init__()
+        self.grid, self.feature_dim = grid, feature_dim
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return images_BCHW
 
 
 def build_backbone(
@@ -146,6 +164,7 @@ class TimmBackbone(Backbone):
         self, name: str, image_size: int, state_dict: Mapping[str, Tensor] | None = None, normalize: bool = True
     ) -> None:
         super().__init__()
+        self.name = name
         import timm  # 2.6 s, and the backbone "dct" does without
         from timm.data.config import resolve_model_data_config
 
@@ -174,17 +193,24 @@ class TimmBackbone(Backbone):
         self.register_buffer("std_C11", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
         self.requires_grad_(False)
         self.train(False)
-        with torch.no_grad():
-            tokens = self.model.forward_features(torch.zeros(1, 3, image_size, image_size))
+        # Called as a module, since ZeRO 3 brings parameters only to modules that are: the class token and the position
+        # embeddings are the ViT's own.
+        self.model.forward = self.model.forward_features
+        tokens = self.model(torch.zeros(1, 3, image_size, image_size))
         if tokens.ndim != 3 or tokens.shape[1] != self.num_prefix_tokens + self.num_patches:
             raise UserError(f"{no_tokens} (its output has the shape {tuple(tokens.shape)})")
         self.feature_dim = tokens.shape[-1]
 
-    @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> Tensor:
         x_BCHW = (images_BCHW.float().div(255) - self.get_buffer("mean_C11")) / self.get_buffer("std_C11")
-        tokens_BTF = self.model.forward_features(x_BCHW.to(next(self.model.parameters()).dtype))
+        tokens_BTF = self.model(x_BCHW.to(next(self.model.parameters()).dtype))
         return tokens_BTF[:, self.num_prefix_tokens :].float()
+
+    def recompute(self) -> None:
+        try:
+            self.model.set_grad_checkpointing()
+        except (AttributeError, AssertionError):
+            raise UserError(f"--recompute: timm's {self.name} keeps its hidden layers; leave the flag out") from None
 
 
 def _check_size(name: str, image_size: int, patch_size: int) -> None:

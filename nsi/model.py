@@ -1,13 +1,15 @@
 """The model: patch features and schemas in; slots, embeddings of both sides and the reconstruction error out.
 
 Dedhia and Jha, "Neural Slot Interpreters", TMLR 2025, arXiv 2403.07887. The frozen backbone stands before it
-(nsi/backbone.py), the score and the loss behind it: the score spans all ranks, the model one rank's rows.
+(nsi/backbone.py), or in it where it is trained too (nsi/finetuned.py); the score and the loss stand behind it: the
+score spans all ranks, the model one rank's rows.
 
 Shapes: B rows, P patches, F features, N slots, D slot width, T objects (padded), E embedding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -100,15 +102,15 @@ class Output(NamedTuple):
     slots_BND: Tensor
     slot_embeddings_BNE: Tensor
     primitive_embeddings_BTE: Tensor  # without meaning where there is no object
-    alphas_BNP: Tensor  # the decoder's masks; they sum to 1 over the slots
+    alphas_BNP: Tensor  # the decoder's masks; they sum to 1 over the slots. Empty where nothing is reconstructed
     attention_BNP: Tensor  # slot attention's own masks, of its last iteration; they sum to 1 over the slots
-    squared_error_B: Tensor  # of the reconstruction: summed over F, mean over P; float32 at the least
+    squared_error_B: Tensor  # of the reconstruction: summed over F, mean over P; float32 at the least. Empty likewise
     tau_1: Tensor  # the temperature of the contrastive loss, learned or not
 
 
 class NeuralSlotInterpreter(nn.Module):
     """Both encoders and the decoder in one module, since DeepSpeed takes one. All that it holds is trained, and
-    every parameter takes part in every forward (ZeRO 3 waits for ever for one that doesn't)."""
+    every parameter takes part in every forward with a gradient (ZeRO 3 waits for ever for one that doesn't)."""
 
     def __init__(
         self,
@@ -165,24 +167,38 @@ class NeuralSlotInterpreter(nn.Module):
             self.log_tau_change_1 = nn.Parameter(torch.zeros(1))
 
     def forward(
-        self, features_BPF: Tensor, labels_BT3: Tensor, positions_BT3: Tensor, objects_BT: Tensor, noise: KeyedNoise
+        self,
+        features_BPF: Tensor,
+        labels_BT3: Tensor,
+        positions_BT3: Tensor,
+        objects_BT: Tensor,
+        noise: KeyedNoise,
+        reconstruct: bool = True,
+        target: Callable[[], Tensor] | None = None,
     ) -> Output:
-        """One pass over both sides of B scenes. Rows never mix. Features and positions of any float dtype."""
+        """One pass over both sides of B scenes. Rows never mix. Features and positions of any float dtype.
+
+        `reconstruct`: without it only what embeddings need is computed. `target` gives the features to reconstruct
+        where they are others than those that slots are made of.
+        """
         # DeepSpeed's bf16 casts parameters, not what comes in; a parameter knows its dtype even where ZeRO 3 has
         # left it without values.
         dtype = next(self.parameters()).dtype
         noise_BND = noise.normal("slots", (self.config.num_slots, self.config.slot_dim))
         slots_BND, attention_BNP = self.slot_attention(features_BPF.to(dtype), noise_BND)
-        reconstruction_BPF, alphas_BNP = self.decoder(slots_BND.to(dtype))
         primitive_embeddings_BTE, _ = self.schema_encoder(labels_BT3, positions_BT3, objects_BT, noise)
         slot_embeddings_BNE = self.slot_head(slots_BND, noise)
+        alphas_BNP = squared_error_B = slots_BND.new_empty(0)
+        if reconstruct:  # last, so that a pass without it is the beginning of one with it: ZeRO 3 prefetches in order
+            reconstruction_BPF, alphas_BNP = self.decoder(slots_BND.to(dtype))
+            squared_error_B = squared_error(reconstruction_BPF, target() if target else features_BPF)
         return Output(
             slots_BND=slots_BND,
             slot_embeddings_BNE=slot_embeddings_BNE,
             primitive_embeddings_BTE=primitive_embeddings_BTE,
             alphas_BNP=alphas_BNP,
             attention_BNP=attention_BNP,
-            squared_error_B=squared_error(reconstruction_BPF, features_BPF),
+            squared_error_B=squared_error_B,
             tau_1=self._tau(slot_embeddings_BNE),
         )
 
@@ -214,17 +230,29 @@ def undecayed(model: nn.Module) -> frozenset[str]:
     """The names of the parameters that weight decay leaves alone: all but the weights of linear layers.
 
     Norms and biases, since decay would change what a layer can say and not how much it varies; and what is looked up
-    and not multiplied: the tables of the schema, the decoder's positions, where slots start, the temperature.
+    and not multiplied: the tables of the schema, the decoder's positions, where slots start, the temperature. timm's
+    models name their own: tokens and position embeddings.
     """
     tables = {
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (nn.Embedding, nn.LayerNorm))
     }
+    for name, module in model.named_modules():
+        declared: Callable[[], Iterable[str]] = getattr(module, "no_weight_decay", tuple)
+        tables |= {f"{name}.{own}" for own in declared()}
     looked_up = ("positions", "slot_starts")
     return frozenset(
         name
         for name, parameter in model.named_parameters()
         if parameter.ndim < 2 or name in tables or name.rpartition(".")[2] in looked_up
     )
+
+
+def load_trained(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Sets the trained parameters; what is frozen stays. A RuntimeError, torch's own, names those that are missing,
+    left over or of another shape."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    frozen = {name: tensor for name, tensor in model.state_dict().items() if name not in trained}
+    model.load_state_dict({**frozen, **parameters})
 
 
 def squared_error(reconstruction_BPF: Tensor, features_BPF: Tensor) -> Tensor:

@@ -18,11 +18,13 @@ from cluster.checkpoint import (
     STATE,
     Checkpoint,
     CheckpointWriter,
+    load_checkpoint,
     newest_verified,
-    prune,
     read_checkpoint,
     write_checkpoint,
 )
+from cluster.checkpoint_folder import bring_back, clear_leftovers, prune
+from cluster.retention import Retention
 from cluster.training_state import TrainingState
 from nsi.errors import UserError
 
@@ -52,6 +54,17 @@ def test_one_changed_byte_is_found(tmp_path: Path, name: str) -> None:
     (path / name).write_bytes(data)
     with pytest.raises(UserError, match=f"{name} changed since it was written"):
         read_checkpoint(path)
+
+
+def test_without_hashing_a_missing_or_cut_file_is_still_told(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, make(1))
+    assert load_checkpoint(path).facts == read_checkpoint(path).facts == make(1).facts
+    (path / MODEL).write_bytes((path / MODEL).read_bytes()[:-1])
+    with pytest.raises(UserError, match="step-00000001: damaged"):
+        load_checkpoint(path)
+    (path / STATE).unlink()
+    with pytest.raises(UserError, match="step-00000001: cannot be read \\(No such file"):
+        load_checkpoint(path)
 
 
 def test_the_newest_good_one_is_taken(tmp_path: Path) -> None:
@@ -90,34 +103,132 @@ def test_a_torn_one_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     assert read_checkpoint(write_checkpoint(tmp_path, make(1))).step == 1
 
 
+def steps(folder: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in folder.glob("step-*"))
+
+
+def standing(step: int, attempt: int) -> bool:
+    return False
+
+
 def test_pruning_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     for step in range(1, 7):
         write_checkpoint(tmp_path, make(step))
-    prune(tmp_path, 2, frozenset({3}))
-    assert sorted(int(path.name[5:]) for path in tmp_path.glob("step-*")) == [3, 5, 6]
+    prune(tmp_path, 2, Retention(2), frozenset({3}), standing)
+    assert steps(tmp_path) == [3, 5, 6]
+
+
+def test_pruning_keeps_one_of_every_so_many_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in range(1, 9):
+        monkeypatch.setattr(module.time, "time", lambda at=1_000_000 * 3600 + step * 1800.0: at)
+        write_checkpoint(tmp_path, make(step))
+        prune(tmp_path, 2, Retention(1, every_hours=1.5), frozenset(), standing)
+    # Hours 1,000,000.5, 1, 1.5, ... 4; stretches of an hour and a half begin at 999,999, at 1,000,000.5, at 2, 3.5.
+    assert steps(tmp_path) == [1, 4, 7, 8]
+
+
+def test_what_a_successor_made_void_pushes_nothing_out(tmp_path: Path) -> None:
+    """Attempt 2 went on to step 40 after attempt 3 had taken over at step 10; those are no newer ones of the run."""
+    for step in (5, 10, 30, 40):
+        write_checkpoint(tmp_path, make(step))  # by attempt 2
+    write_checkpoint(tmp_path, replace(make(15), attempt=3))
+    attempts = [Attempt(2, 0.0, 1, "none", 0), Attempt(3, 0.0, 1, "none", 10)]
+    prune(tmp_path, 3, Retention(2), frozenset(), lambda step, number: is_superseded(step, number, attempts))
+    assert steps(tmp_path) == [10, 15]
+
+
+def test_what_older_attempts_left_is_removed_and_what_a_newer_one_has_is_not(tmp_path: Path) -> None:
+    for step, attempt in ((10, 1), (20, 2), (30, 4)):
+        write_checkpoint(tmp_path, replace(make(step), attempt=attempt))
+    for step in (20, 30):
+        (tmp_path / f"step-{step:08d}" / COMPLETE).unlink()  # not marked yet, or torn
+    for attempt in (1, 3, 4):
+        (tmp_path / f".step-00000040.attempt-{attempt:04d}.tmp").mkdir()
+    (tmp_path / "step-00000010.bak").mkdir()  # somebody's own
+    clear_leftovers(tmp_path, 3)
+    names = [".step-00000040.attempt-0004.tmp", "step-00000010", "step-00000010.bak", "step-00000030"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    prune(tmp_path, 3, Retention(1), frozenset(), lambda step, number: True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [names[0], *names[2:]]
+
+
+def test_an_older_attempt_leaves_the_checkpoint_of_a_newer_one_in_its_place(tmp_path: Path) -> None:
+    """The successor came to the same step, and the older attempt has not found out yet."""
+    write_checkpoint(tmp_path, replace(make(5), attempt=3))
+    write_checkpoint(tmp_path, make(5))
+    assert read_checkpoint(tmp_path / "step-00000005").attempt == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+
+
+def test_what_was_moved_aside_comes_back(tmp_path: Path) -> None:
+    """Whether nothing is in its place, or something that is not complete; but not for what is complete."""
+    older = write_checkpoint(tmp_path / "older", replace(make(5), attempt=1))
+    for there in ("nothing", "unmarked", "complete"):
+        folder = tmp_path / there
+        aside = folder / ".step-00000005.attempt-0002.aside"
+        if there != "nothing":
+            path = write_checkpoint(folder, make(5))
+            if there == "unmarked":
+                (path / COMPLETE).unlink()
+        shutil.copytree(older, aside)
+        bring_back(folder, 1)  # attempt 2 may still be at work
+        assert aside.exists()
+        bring_back(folder, 2)
+        assert read_checkpoint(folder / "step-00000005").attempt == (2 if there == "complete" else 1)
+        assert [path.name for path in folder.iterdir()] == ["step-00000005"]
 
 
 def test_the_writer_works_in_the_background(tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path, 1)
+    writer = CheckpointWriter(tmp_path, Retention(1))
     for step in (1, 2, 3):
         writer.submit(make(step), frozenset({1}))
     writer.wait()
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000001", "step-00000003"]
 
 
-def test_a_failed_write_is_told(tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path / "file", 1)
+def test_a_failed_write_is_told_and_the_run_goes_on(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path / "file", Retention(1))
     (tmp_path / "file").write_text("in the way")
     writer.submit(make(1), frozenset())
-    with pytest.raises(UserError, match="could not be written"):
-        writer.wait()
-    writer.wait()  # told once
+    assert not writer.wait()
+    (trouble,) = writer.troubles()
+    assert "the checkpoint could not be written" in trouble
+    assert writer.troubles() == []  # told once
+    (tmp_path / "file").unlink()
+    writer.finish(pauses_s=(0.0,))  # tries again
+    assert read_checkpoint(tmp_path / "file" / "step-00000001").step == 1
+
+
+def test_a_disk_that_is_full_gets_its_room_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path, make(1))
+    monkeypatch.setattr(module, "sync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        write_checkpoint(tmp_path, make(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_the_last_checkpoint_must_get_there(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path / "file", Retention(1))
+    (tmp_path / "file").write_text("in the way")
+    writer.submit(make(1), frozenset())
+    with pytest.raises(UserError, match="could not be written .*; make room or mend the folder and start again"):
+        writer.finish(pauses_s=(0.0, 0.0))
+
+
+def test_no_checkpoint_without_its_ledger(tmp_path: Path) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    writer = CheckpointWriter(tmp_path, Retention(1), before=full)
+    writer.submit(make(1), frozenset())
+    assert not writer.wait()
+    assert not list(tmp_path.glob("step-*"))
 
 
 def test_a_replaced_attempt_writes_nothing(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, make(5))
     before = (tmp_path / "step-00000005" / STATE).stat().st_mtime_ns
-    writer = CheckpointWriter(tmp_path, 1, is_replaced=lambda: True)
+    writer = CheckpointWriter(tmp_path, Retention(1), is_replaced=lambda: True)
     with pytest.raises(UserError, match="a newer attempt trains this run"):
         writer.submit(make(5), frozenset())
     assert (tmp_path / "step-00000005" / STATE).stat().st_mtime_ns == before
@@ -125,8 +236,8 @@ def test_a_replaced_attempt_writes_nothing(tmp_path: Path) -> None:
 
 def test_an_attempt_that_is_replaced_while_it_writes_leaves_what_its_successor_wrote(tmp_path: Path) -> None:
     """It was the newest when it began, and another is when the bytes lie on the disk."""
-    answers = iter([False, True])
-    writer = CheckpointWriter(tmp_path, 1, is_replaced=lambda: next(answers))
+    answers = iter([False, True, True])
+    writer = CheckpointWriter(tmp_path, Retention(1), is_replaced=lambda: next(answers))
     write_checkpoint(tmp_path, replace(make(5), attempt=3))
     writer.submit(make(5), frozenset())
     writer.wait()

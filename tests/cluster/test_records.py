@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.appender import Appender
 from cluster.attempt import is_replaced, is_superseded, read_attempts, take_attempt
+from cluster.clock import Clock
 from cluster.events import Event, EventLog
 from cluster.prometheus import LABELS, serve
 from cluster.sinks import METRIC_KEYS, metrics_sink, validation_sink
@@ -42,7 +44,9 @@ STEPS = Event(
         "nonfinite_steps": 1,
         "overflows": 2,
         "loss_scale": 512.0,
+        "slowness": 1.5,
     },
+    {"step": 3.0, "data_wait": 1.0},
 )
 
 
@@ -79,8 +83,10 @@ def test_an_attempt_learns_that_it_was_replaced(tmp_path: Path) -> None:
 
 def test_broken_numbers_become_null(tmp_path: Path) -> None:
     """NaN is no JSON, and other programs read these lines."""
-    sink = metrics_sink(tmp_path / "metrics.jsonl", 1)
+    appender = Appender()
+    sink = metrics_sink(tmp_path / "metrics.jsonl", 1, appender)
     sink(replace(STEPS, facts={**STEPS.facts, "loss": float("nan"), "grad_norm": float("inf")}))
+    appender.close()
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     found = json.loads(line, parse_constant=pytest.fail)
     assert (found["loss"], found["grad_norm"], found["contrastive"]) == (None, None, 3.0)
@@ -95,18 +101,21 @@ def test_a_cut_attempt_file_is_passed_over(tmp_path: Path) -> None:
 
 def test_events_are_lines_and_reach_every_sink(tmp_path: Path) -> None:
     seen: list[Event] = []
-    log = EventLog(tmp_path / "events", 3, 1, [seen.append])
+    appender = Appender()
+    log = EventLog(tmp_path / "events", 3, 1, [seen.append], Clock(0.0), appender)
     log.emit(STEPS)
+    assert appender.close() == 0
     lines = (tmp_path / "events" / "attempt-0003-rank-00001.jsonl").read_text().splitlines()
-    assert seen == [STEPS]
+    assert [replace(event, seconds=STEPS.seconds) for event in seen] == [STEPS]
     assert json.loads(lines[0])["facts"]["loss"] == 3.5
-    log.close()
 
 
 def test_metrics_lines_have_the_contracts_keys(tmp_path: Path) -> None:
-    sink = metrics_sink(tmp_path / "metrics.jsonl", 4)
+    appender = Appender()
+    sink = metrics_sink(tmp_path / "metrics.jsonl", 4, appender)
     sink(STEPS)
     sink(Event("checkpoint", 20, 0.0, 1.0))
+    appender.close()
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     found = json.loads(line)
     assert set(found) == {"step", "attempt", *METRIC_KEYS}
@@ -114,9 +123,11 @@ def test_metrics_lines_have_the_contracts_keys(tmp_path: Path) -> None:
 
 
 def test_validation_lines(tmp_path: Path) -> None:
-    sink = validation_sink(tmp_path / "validation.jsonl", 1)
+    appender = Appender()
+    sink = validation_sink(tmp_path / "validation.jsonl", 1, appender)
     sink(STEPS)
     sink(Event("validation", 30, 0.0, 1.0, {"R@5": 0.25}))
+    appender.close()
     assert json.loads((tmp_path / "validation.jsonl").read_text()) == {"step": 30, "R@5": 0.25, "attempt": 1}
 
 
@@ -132,7 +143,8 @@ def test_prometheus_tells_what_happened(tmp_path: Path) -> None:
     endpoint.sink(STEPS)
     endpoint.sink(STEPS)
     endpoint.sink(Event("validation", 20, 0.0, 1.0, {"R@5": 0.25}))
-    endpoint.sink(Event("checkpoint", 20, 0.0, 2.5))
+    endpoint.sink(Event("checkpoint", 20, 0.0, 2.5, {}, {"checkpoint": 2.5}))
+    endpoint.sink(Event("storage", 20, 0.0, 0.0, {"text": "no room"}))
     found = scrape(endpoint.port)
     assert found["nsi_steps_total"] == 20
     assert found["nsi_images_total"] == 1280
@@ -143,6 +155,7 @@ def test_prometheus_tells_what_happened(tmp_path: Path) -> None:
     assert found["nsi_loss_scale_ratio"] == 512
     assert found["nsi_validation_recall_at_5_ratio"] == 0.25
     assert found["nsi_checkpoint_seconds_total"] == 2.5
+    assert (found["nsi_storage_failures_total"], found["nsi_slowness_ratio"]) == (1, 1.5)
     assert not endpoint.target.exists()
     endpoint.register()
     (targets,) = json.loads(endpoint.target.read_text())
@@ -171,6 +184,11 @@ def test_prometheus_names_are_frozen(tmp_path: Path) -> None:
         "nsi_bad_samples_total",
         "nsi_checkpoints_total",
         "nsi_checkpoint_seconds_total",
+        "nsi_eval_seconds_total",
+        "nsi_restore_seconds_total",
+        "nsi_start_seconds_total",
+        "nsi_storage_failures_total",
+        "nsi_slowness_ratio",
         "nsi_progress_steps",
         "nsi_validation_recall_at_5_ratio",
     }

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
+from nsi.backbone import build_backbone
 from nsi.batch import Batch
+from nsi.finetuned import BACKBONE, FinetunedInterpreter
 from nsi.loss import Rows, contrastive_sum
 from nsi.model import ModelConfig, NeuralSlotInterpreter, undecayed
 from nsi.noise import KeyedNoise
@@ -14,6 +17,8 @@ from nsi.noise import KeyedNoise
 G, T, P, F = 7, 5, 9, 12  # rows of the whole batch (no world of 2, 3 or 4 divides it), objects, patches, features
 COUNTS = (3, 4, 6)
 TAU, BETA, SEED = 0.5, 1.0, 3
+SIZE, VIT, VIT_FEATURES = 32, "test_vit", 64  # of the problem with pictures, whose backbone is trained too: 4 patches
+LR, BACKBONE_SCALE, DECAY, CLIP = 1e-3, 0.1, 0.1, 0.5
 CONFIG = ModelConfig(
     num_slots=4,
     num_iterations=2,
@@ -84,12 +89,84 @@ def cut(batch: Batch, features: torch.Tensor, begin: int, end: int, rows: int) -
     )
 
 
+def make_finetuned(vit: str = VIT, recompute: bool = False) -> FinetunedInterpreter:
+    torch.manual_seed(1)
+    config = replace(CONFIG, dropout=0.0, schema_dropout=0.0)
+    model = FinetunedInterpreter(config, build_backbone(vit, SIZE), SIZE, COUNTS, TAU, recompute)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not name.startswith(BACKBONE):
+                parameter.mul_(0.5)
+    return model
+
+
+def make_pictures() -> Batch:
+    """The whole batch with pictures in place of features."""
+    batch, _ = make_batch()
+    generator = torch.Generator().manual_seed(4)
+    images = torch.randint(0, 256, (G, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+    images[5] = images[2]
+    return replace(batch, images_BCHW=images)
+
+
+def make_finetuned_adam(model: FinetunedInterpreter) -> torch.optim.AdamW:
+    spared = undecayed(model)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": [parameter],
+                "weight_decay": 0.0 if name in spared else DECAY,
+                "lr": LR * (BACKBONE_SCALE if name.startswith(BACKBONE) else 1),
+            }
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        ]
+    )
+
+
+class Trained(NamedTuple):
+    """What steps in one process without DeepSpeed come to."""
+
+    losses: list[float]
+    norms: list[float]
+    changes: dict[str, torch.Tensor]  # of the trained parameters
+    gradients: list[dict[str, torch.Tensor]]  # of each step, after clipping
+
+
+def train_finetuned(vit: str, steps: int) -> Trained:
+    """Steps of AdamW with two learning rates."""
+    model = make_finetuned(vit)
+    adam = make_finetuned_adam(model)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    losses, norms, gradients = [], [], []
+    for step in range(steps):
+        adam.zero_grad()
+        loss = finetuned_loss(model, step)
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), CLIP).item())
+        gradients.append({name: p.grad.clone() for name, p in trained.items() if p.grad is not None})
+        adam.step()
+        losses.append(loss.item())
+    changes = {name: parameter.detach() - before[name] for name, parameter in trained.items()}
+    return Trained(losses, norms, changes, gradients)
+
+
 def one_process_loss(model: NeuralSlotInterpreter, step: int) -> torch.Tensor:
     """The loss of the whole batch, textbook form, for autograd to differentiate."""
     batch, features_GPF = make_batch()
-    dtype = next(model.parameters()).dtype
+    return _loss(model, features_GPF.to(next(model.parameters()).dtype), batch, step, F)
+
+
+def finetuned_loss(model: FinetunedInterpreter, step: int) -> torch.Tensor:
+    """The same of the problem with pictures."""
+    batch = make_pictures()
+    return _loss(model, batch.images_BCHW, batch, step, VIT_FEATURES)
+
+
+def _loss(model: NeuralSlotInterpreter, inputs: torch.Tensor, batch: Batch, step: int, features: int) -> torch.Tensor:
     noise = KeyedNoise(SEED, step, batch.sample_ids_B)
-    output = model(features_GPF.to(dtype), batch.labels_BT3, batch.positions_BT3, batch.objects_BT, noise)
+    output = model(inputs, batch.labels_BT3, batch.positions_BT3, batch.objects_BT, noise)
     rows = Rows(
         output.slot_embeddings_BNE,
         output.primitive_embeddings_BTE,
@@ -98,4 +175,4 @@ def one_process_loss(model: NeuralSlotInterpreter, step: int) -> torch.Tensor:
         batch.rows_B,
     )
     contrastive = contrastive_sum(rows, lambda tensor: tensor, 0, output.tau_1) / G
-    return contrastive + BETA * output.squared_error_B.mean() / F
+    return contrastive + BETA * output.squared_error_B.mean() / features

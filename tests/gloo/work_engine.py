@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from problem import BETA, SEED, TAU, G, cut, make_batch, make_model
+from problem import BETA, SEED, TAU, F, G, cut, make_batch, make_model
 
 from cluster.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from cluster.collectives import share
 from cluster.engine import Engine
 from cluster.engine_config import EngineConfig
 from cluster.loss_scale import LossScale
@@ -52,11 +53,11 @@ for case in plan:
     )
     if restored:
         engine.restore(restored.training)
-    settings = StepSettings(LossConfig(tau=TAU, beta=BETA), SEED, world.rank, G, micro_rows)
+    settings = StepSettings(LossConfig(tau=TAU, beta=BETA), SEED, world.rank, G, micro_rows, F)
     first = restored.step if restored else 0
     scale = case.get("loss_scale")
     if scale and engine.loss_scale:
-        engine.restore(replace(engine.state(), loss_scale=LossScale(scale, 0)))
+        engine.restore(replace(share(engine.state()), loss_scale=LossScale(scale, 0)))
     broken = case.get("broken_steps", [])
     losses, norms, applied, scales = [], [], [], []
     for step in range(first, first + case["steps"]):
@@ -71,7 +72,7 @@ for case in plan:
         norms.append(float(result.grad_norm))
         applied.append(result.applied)
         scales.append(engine.loss_scale.scale if engine.loss_scale else None)
-    state = engine.state()
+    state = share(engine.state())
     gradients = {}
     if case.get("gradients"):
         from deepspeed.utils import safe_get_full_grad  # the engine has prepared its import

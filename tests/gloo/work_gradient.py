@@ -40,7 +40,7 @@ rows = rows_per_rank(G, world.size)
 part = rank_rows(G, world.rank, world.size)
 batch, features = cut(*make_batch(), part.start, part.stop, rows)
 engine = PlainEngine()
-settings = StepSettings(LossConfig(tau=TAU, beta=BETA), SEED, world.rank, G, micro_rows or rows)
+settings = StepSettings(LossConfig(tau=TAU, beta=BETA), SEED, world.rank, G, micro_rows or rows, F)
 
 
 def backbone(images: torch.Tensor) -> torch.Tensor:

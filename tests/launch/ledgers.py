@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import xxhash
 
+from cluster.appender import Appender
 from cluster.attempt import take_attempt
 from cluster.ledger import LedgerWriter, Skipped
 from launch import runfolder
@@ -43,7 +44,8 @@ class Trained:
     ) -> Path:
         """An attempt that did so many steps a flush. `skips` are positions; `ids_of` is what it really read."""
         number = take_attempt(self.run / runfolder.ATTEMPTS, world, "none", restored).number
-        writer = LedgerWriter(self.run / runfolder.LEDGER, number, BATCH)
+        appender = Appender()
+        writer = LedgerWriter(self.run / runfolder.LEDGER, number, BATCH, appender)
         step = restored
         for count in flushes:
             steps = range(step, step + count)
@@ -52,7 +54,7 @@ class Trained:
             step += count
             with (self.run / runfolder.METRICS).open("a") as file:
                 file.write(json.dumps({"step": step, "attempt": number}) + "\n")
-        writer.close()
+        appender.close()
         return self.run / runfolder.LEDGER / f"attempt-{number:04d}.jsonl"
 
     def _batch(self, ids: np.ndarray, step: int, world: int, skips: Sequence[int]) -> int:

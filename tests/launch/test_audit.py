@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import xxhash
 
+from cluster.appender import Appender
 from cluster.ledger import LedgerWriter, Skipped
 from launch import cli, runfolder
 from launch.audit import AuditConfig, run
@@ -106,10 +107,11 @@ def test_skipped_samples_are_counted_and_listed(trained: Trained) -> None:
 def test_a_skipped_sample_that_was_read(trained: Trained) -> None:
     """The ledger says so of a row that its digest has."""
     trained.attempt(0, [6])
-    writer = LedgerWriter(trained.run / "ledger", 1, BATCH)
+    appender = Appender()
+    writer = LedgerWriter(trained.run / "ledger", 1, BATCH, appender)
     step = trained.order.batch(6)
     writer.write(6, [batch_digest(trained.digests_n[step], np.arange(54, 63))], [trained.skipped(55)])
-    writer.close()
+    appender.close()
     assert "step 6 (from 0) did not read the samples that the order gives (ledger/attempt-0001" in fault(trained.run)
 
 
@@ -167,9 +169,10 @@ def test_a_gap_and_an_overlap(trained: Trained) -> None:
     trained.attempt(6, [4])
     assert "step 4 (from 0) is not in the ledger" in fault(trained.run)
     trained.attempt(4, [2])
-    writer = LedgerWriter(trained.run / "ledger", 3, BATCH)
+    appender = Appender()
+    writer = LedgerWriter(trained.run / "ledger", 3, BATCH, appender)
     writer.write(5, [1])
-    writer.close()
+    appender.close()
     twice = (
         "step 5 (from 0) is in the ledger twice (ledger/attempt-0003.jsonl line 1 and ledger/attempt-0003.jsonl line 2)"
     )
@@ -215,9 +218,10 @@ def test_a_flipped_byte_is_named_with_file_and_line(trained: Trained) -> None:
 
 def test_another_batch_size(trained: Trained) -> None:
     trained.attempt(0, [3])
-    writer = LedgerWriter(trained.run / "ledger", 1, BATCH + 1)
+    appender = Appender()
+    writer = LedgerWriter(trained.run / "ledger", 1, BATCH + 1, appender)
     writer.write(3, [7])
-    writer.close()
+    appender.close()
     assert "step 3 (from 0) was done with a batch of 10, not of 9 (ledger/" in fault(trained.run)
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.appender import Appender
 from cluster.attempt import read_attempts
 from cluster.ledger import Entry, LedgerWriter, read_ledger, standing_steps
 from tests.launch.ledgers import BATCH, Trained, begin, fault, proof, read_samples
@@ -46,11 +47,12 @@ def rewrite(entry: Entry, digests: dict[int, int], twice: bool = False) -> None:
     """Puts other entries, with the right check values, in the place of one: the given steps alone, as often as said."""
     lines = entry.path.read_bytes().splitlines(keepends=True)
     with tempfile.TemporaryDirectory() as folder:
-        writer = LedgerWriter(Path(folder), 1, BATCH)
+        appender = Appender()
+        writer = LedgerWriter(Path(folder), 1, BATCH, appender)
         for _ in range(2 if twice else 1):
             for step, digest in digests.items():
                 writer.write(step, [digest])
-        writer.close()
+        appender.close()
         lines[entry.line - 1] = (Path(folder) / "attempt-0001.jsonl").read_bytes()
     entry.path.write_bytes(b"".join(lines))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.appender import Appender
 from cluster.attempt import read_attempts
 from cluster.checkpoint import COMPLETE
 from cluster.ledger import Entry, LedgerWriter, read_ledger
@@ -151,9 +152,10 @@ def change_a_digit(entry: Entry) -> str:
 def forge_a_digest(entry: Entry) -> str:
     """Writes another digest as the program itself writes it, check value and all."""
     with tempfile.TemporaryDirectory() as folder:
-        writer = LedgerWriter(Path(folder), 1, ROWS)
+        appender = Appender()
+        writer = LedgerWriter(Path(folder), 1, ROWS, appender)
         writer.write(entry.first_step, [int(entry.digests_K[0]) ^ 1, *map(int, entry.digests_K[1:])])
-        writer.close()
+        appender.close()
         lines = entry.path.read_bytes().splitlines(keepends=True)
         lines[entry.line - 1] = (Path(folder) / "attempt-0001.jsonl").read_bytes()
     entry.path.write_bytes(b"".join(lines))

@@ -48,10 +48,11 @@ PUBLIC = {
 OURS = {
     "data_path", "log_path", "checkpoint_path", "recipe", "max_steps", "precision", "zero_stage", "micro_batch_size",
     "checkpoint_every", "log_every", "validate_every", "backbone", "backbone_weights", "patch_size", "reconstruction",
+    "backbone_trainable", "backbone_lr",
     "score", "schedule", "weight_decay", "deepspeed_config", "prometheus_port", "schema_dropout", "decoder_hidden_dim",
     "decoder_depth", "attend_padding", "position_std", "position_dims", "on_bad_sample", "bad_sample_limit",
     "cache_path", "cache_gb", "features",
-    "time_limit", "grace_seconds",
+    "time_limit", "grace_seconds", "keep_last", "keep_every_hours", "hang_seconds", "straggler_factor",
     "learned_tau", "slot_start", "bilevel", "activation", "nonfinite_limit", "recompute", "compile",
     "squash_size", "normalization", "clip_scope", "plateau_in_warmup", "select_by", "padding_labels",
 }  # fmt: skip

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 from launch.config import LossConfig
-from launch.nonfinite import is_broken, report, suspects, write_report
+from launch.nonfinite import advice, is_broken, report, suspects, write_report
 from launch.step import StepResult, StepSettings
-from tests.gloo.problem import SEED, TAU, G, make_batch, make_model
+from nsi.model import NeuralSlotInterpreter
+from tests.gloo.problem import SEED, TAU, VIT_FEATURES, F, G, make_batch, make_finetuned, make_model, make_pictures
 
 NAN, INF = float("nan"), float("inf")
 
@@ -49,7 +50,7 @@ class Plain:
     """What a report asks of an engine, with one process and no DeepSpeed."""
 
     def __init__(self) -> None:
-        self.module = make_model(0.0)
+        self.module: NeuralSlotInterpreter = make_model(0.0)
 
     def forward(self, *inputs):
         return self.module(*inputs)
@@ -61,7 +62,7 @@ class Plain:
 def reported(features_GPF: torch.Tensor, engine: Plain, micro_rows: int = G) -> dict:
     batch, _ = make_batch()
     parts = iter(features_GPF.split(micro_rows))
-    settings = StepSettings(LossConfig(tau=TAU), SEED, 0, G, micro_rows)
+    settings = StepSettings(LossConfig(tau=TAU), SEED, 0, G, micro_rows, F)
     return report(engine, lambda images: next(parts), batch, 6, settings, result(NAN, 1.0, INF, False))  # type: ignore[arg-type]
 
 
@@ -87,6 +88,19 @@ def test_it_names_weights_that_are_not_finite() -> None:
     found = reported(make_batch()[1], engine)
     assert found["parameters"][0]["name"] == "decoder.positions"
     assert suspects(found) == "weights are not finite: decoder.positions"
+
+
+def test_where_the_backbone_is_trained_too_it_has_no_features_to_blame() -> None:
+    """Images are given to the model in their place, and are never at fault."""
+    engine = Plain()
+    engine.module = make_finetuned()
+    with torch.no_grad():
+        engine.module.backbone.get_parameter("model.norm.bias")[0] = INF
+    settings = StepSettings(LossConfig(tau=TAU), SEED, 0, G, G, VIT_FEATURES)
+    found = report(engine, lambda images: images, make_pictures(), 6, settings, result(NAN, 1.0, INF, False))  # type: ignore[arg-type]
+    assert "features" not in found["samples"][0]["largest"]
+    assert suspects(found) == "weights are not finite: backbone.model.norm.bias"
+    assert "lower --lr" in advice(found)
 
 
 def test_it_says_where_nothing_of_a_scene_is_wrong() -> None:

@@ -33,7 +33,7 @@ def checkpointed(shards: Path, folder: Path, *more: object) -> Path:
     """A checkpoint of a run's beginning, as training writes it."""
     config = configured(shards, folder, *more)
     parts = prepare(config, speak=True, first_of_node=True)
-    parameters = {name: value.detach() for name, value in parts.model.named_parameters()}
+    parameters = {name: value.detach() for name, value in parts.model.named_parameters() if value.requires_grad}
     moments = {moment: {name: torch.zeros_like(value) for name, value in parameters.items()} for moment in MOMENTS}
     manifest, now = parts.train.manifest, Progress(0, Plateau(), {})
     facts = checkpoint_facts(config, manifest.fingerprint, manifest.vocabulary, parts.backbone_hash, now)
@@ -90,6 +90,21 @@ def test_a_learned_temperature_keeps_its_beginning(shards: Path, tmp_path: Path,
     assert "\n" not in str(error.value)
     started(shards, tmp_path, start, "--learned_tau", "--tau", "0.2")
     assert capsys.readouterr().err == ""
+
+
+def test_how_half_precision_comes_about_is_told_once(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """At the start, and where a run goes on in another precision than before; not at every start."""
+    note = "nsi train: precision bf16 at ZeRO stage 0: through torch.autocast, weights and Adam in float32\n"
+    half = ("--precision", "bf16", "--zero_stage", "0")
+    checkpointed(shards, tmp_path / "half", *half)
+    assert capsys.readouterr().err == note
+    prepare(configured(shards, tmp_path / "half", *half), True, True)
+    assert capsys.readouterr().err == ""
+    checkpointed(shards, tmp_path / "full")
+    prepare(configured(shards, tmp_path / "full", *half), True, True)
+    assert capsys.readouterr().err == note
 
 
 class Touch:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 
-from nsi.backbone import PatchStatistics, TimmBackbone, build_backbone, parameters_hash
+from nsi.backbone import Passing, PatchStatistics, TimmBackbone, build_backbone, parameters_hash
 from nsi.errors import UsageError, UserError
 
 VIT = "test_vit"  # timm's own tiny one: patches of 16, width 64, one class token
@@ -95,6 +96,39 @@ def test_timm_backbone_stays_frozen():
     assert not any(m.training for m in backbone.modules())
     assert not any(p.requires_grad for p in backbone.parameters())
     assert not backbone(images()).requires_grad
+
+
+def test_a_copy_that_is_trained_has_the_same_features_and_gradients():
+    backbone = TimmBackbone(VIT, 32)
+    copied = copy.deepcopy(backbone).requires_grad_(True)
+    features_BPF = copied(images())
+    assert torch.equal(features_BPF, backbone(images()))
+    features_BPF.sum().backward()
+    assert all(parameter.grad is not None for parameter in copied.parameters())
+    with torch.no_grad():
+        copied.model.cls_token.add_(1)  # its own, not the original's
+    assert not torch.equal(copied(images()), backbone(images()))
+
+
+def test_the_vit_is_called_as_a_module():
+    """ZeRO 3 gathers the parameters of modules that are: the class token and the positions are the ViT's own."""
+    backbone, called = TimmBackbone(VIT, 32), []
+    backbone.model.register_forward_pre_hook(lambda module, _: called.append(module))
+    expected = backbone.model.forward_features(images() / 127.5 - 1)[:, 1:]
+    torch.testing.assert_close(backbone(images()), expected)
+    assert called == [backbone.model]
+
+
+def test_images_pass_where_the_model_holds_its_backbone():
+    passing = Passing((2, 3), 64)
+    assert (passing.num_patches, passing.feature_dim) == (6, 64)
+    pictures = images()
+    assert passing(pictures) is pictures
+
+
+def test_recomputing_where_timm_cannot():
+    with pytest.raises(UserError, match="--recompute: timm's convit_tiny keeps its hidden layers"):
+        TimmBackbone("convit_tiny", 32).recompute()
 
 
 def test_weights_of_another_grid_and_with_a_classifier():

@@ -117,9 +117,9 @@ class PlainEngine:
         self.model = model
         self.output: Output | None = None
 
-    def forward(self, features_BPF, labels_BT3, positions_BT3, objects_BT, noise: KeyedNoise) -> Output:
+    def forward(self, features_BPF, labels_BT3, positions_BT3, objects_BT, noise: KeyedNoise, *more) -> Output:
         given = GivenNoise(noise.seed, noise.step, noise.sample_ids_B)
-        self.output = self.model(features_BPF, labels_BT3, positions_BT3, objects_BT, given)
+        self.output = self.model(features_BPF, labels_BT3, positions_BT3, objects_BT, given, *more)
         return self.output
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
@@ -129,7 +129,7 @@ class PlainEngine:
 def losses(model: NeuralSlotInterpreter, step: int, features_BPF: torch.Tensor, batch: Batch):
     """Training's own step before the optimizer: (output, loss, contrastive, reconstruction), gradients in the model."""
     engine = PlainEngine(model)
-    settings = StepSettings(CONFIG.loss, CONFIG.optim.seed, 0, DIMS["batch"], DIMS["batch"])
+    settings = StepSettings(CONFIG.loss, CONFIG.optim.seed, 0, DIMS["batch"], DIMS["batch"], features_BPF.shape[-1])
     contrastive, reconstruction = losses_and_gradient(engine, lambda images: features_BPF, batch, step, settings)
     return engine.output, contrastive + CONFIG.loss.beta * reconstruction, contrastive, reconstruction
 

@@ -28,6 +28,7 @@ STEPS = {
     "steps": 10,
     "images": 160,
     "data_wait_seconds": 1.0,
+    "slowness": 1.0,
     "nonfinite_steps": 0,
     "overflows": 0,
     "loss_scale": 1.0,
@@ -39,9 +40,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """Sample names and values of a real endpoint that has heard of a step, a validation and a checkpoint."""
     run = tmp_path_factory.mktemp("run")
     endpoint = serve(World(0, 1, 0, 1, "127.0.0.1", 0, "none"), run, 0)
-    endpoint.sink(Event("steps", 10, 0.0, 5.0, STEPS))
+    endpoint.sink(Event("steps", 10, 0.0, 5.0, STEPS, {"step": 4.0, "data_wait": 1.0}))
     endpoint.sink(Event("validation", 10, 5.0, 6.0, {"R@5": 0.75}))
-    endpoint.sink(Event("checkpoint", 10, 6.0, 8.0))
+    endpoint.sink(Event("checkpoint", 10, 6.0, 8.0, {}, {"checkpoint": 2.0}))
     endpoint.register()
     [group] = json.loads(endpoint.target.read_text())
     with urllib.request.urlopen(f"http://{group['targets'][0]}/metrics") as answer:
@@ -127,7 +128,7 @@ def test_promtool_finds_the_metrics_well_named(tmp_path: Path) -> None:
     if promtool is None:
         pytest.skip("promtool is missing; apt-get install prometheus")
     endpoint = serve(World(0, 1, 0, 1, "127.0.0.1", 0, "none"), tmp_path, 0)
-    endpoint.sink(Event("steps", 10, 0.0, 5.0, STEPS))
+    endpoint.sink(Event("steps", 10, 0.0, 5.0, STEPS, {"step": 4.0, "data_wait": 1.0}))
     with urllib.request.urlopen(f"http://127.0.0.1:{endpoint.port}/metrics") as answer:
         text = answer.read()
     checked = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, check=False)
