@@ -1,12 +1,12 @@
-# make demo · make test · make check · make setup — each makes what it needs; nothing has to be installed beforehand
-# but git, make and Python 3.10 or newer with its venv module.
+# make demo · make test · make chaos · make check · make setup — each makes what it needs; nothing has to be installed
+# beforehand but git, make and Python 3.10 or newer with its venv module.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test chaos check clean
 
 setup: $(READY)
 
@@ -25,6 +25,9 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest -n 2 --dist worksteal
+
+chaos: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos
 
 check: setup
 	$(BIN)/ruff check .

@@ -13,7 +13,6 @@ passed over with a warning.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import threading
@@ -37,7 +36,7 @@ from cluster.checkpoint_folder import (
     survey,
     temporary_path,
 )
-from cluster.durable import sync
+from cluster.durable import file_hash, sync
 from cluster.loss_scale import LossScale
 from cluster.retention import Retention
 from cluster.training_state import MOMENTS, TrainingState
@@ -46,7 +45,6 @@ from nsi.errors import UserError
 FORMAT = 1
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 _OWN = ("format", "step", "optimizer_steps", "loss_scale", "attempt", "saved_at")
-_PIECE = 1 << 23  # bytes hashed at once: the thread that writes asks for Python's lock once a piece
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
     for name in names:
         sync(folder / name)
     sync(folder)
-    return {name: _sha256(folder / name) for name in names}
+    return {name: file_hash(folder / name) for name in names}
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -148,7 +146,7 @@ def verify_checkpoint(path: Path) -> None:
         raise UserError(f"{path}: no such checkpoint; there are: {there}")
     try:
         marks = json.loads((path / COMPLETE).read_text())
-        torn = [name for name, sha256 in marks.items() if _sha256(path / name) != sha256]
+        torn = [name for name, sha256 in marks.items() if file_hash(path / name) != sha256]
     except (OSError, ValueError, AttributeError):
         raise UserError(f"{path}: not complete (no readable {COMPLETE} or a file is missing); remove it") from None
     if torn:
@@ -195,10 +193,6 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._newest: tuple[Checkpoint, frozenset[int]] | None = None  # until it lies on disk
         self._troubles: list[str] = []
-
-    def is_busy(self) -> bool:
-        """Whether a checkpoint is being written."""
-        return self._thread is not None and self._thread.is_alive()
 
     def submit(self, checkpoint: Checkpoint, keep_also: frozenset[int]) -> None:
         """Begins to write; waits first for the one before. One that cannot be written is told of by `troubles`: the
@@ -249,20 +243,14 @@ class CheckpointWriter:
         self.wait()
 
     def _write(self, checkpoint: Checkpoint, keep_also: frozenset[int]) -> None:
+        failed = "the checkpoint could not be written"
         try:
             self._before()
             write_checkpoint(self._folder, checkpoint, self._is_replaced)
             self._newest = None
+            failed = "older checkpoints could not be removed"
             if not self._is_replaced():
                 prune(self._folder, checkpoint.attempt, self._retention, keep_also, self._is_void)
         except Exception as error:  # safetensors has errors of its own; none may get lost in this thread
             reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-            self._troubles.append(f"{self._folder}: the checkpoint could not be written ({reason})")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
+            self._troubles.append(f"{self._folder}: {failed} ({reason})")

@@ -1,7 +1,7 @@
 """Where a rank's time goes: every second in exactly one bucket, and what the rank is doing right now.
 
     start        from the process's first moment to its first step, with imports and the compilation of the model
-    restore      of it, choosing, checking and loading a checkpoint
+    restore      of it, choosing and checking a checkpoint, and giving its state to the engine
     data_wait    the step stood still for its batch
     step         forward, backward, optimizer, and all that goes with a step
     checkpoint   steps stood still while the state was copied
@@ -75,6 +75,10 @@ class Clock:
     def touch(self) -> None:
         """Says that something got done, within the same bucket."""
         self.enter(self.place.bucket)
+
+    def idle_s(self) -> float:
+        """Seconds since the last move."""
+        return self._monotonic() - self._state.since
 
     def seconds(self) -> dict[str, float]:
         """Seconds in each bucket up to now; they add up to the time since `began`."""

@@ -4,7 +4,7 @@ The buckets are those of cluster/clock.py and three that no clock can know:
 
     queue       nobody trained: before an attempt began and after the one before it was last alive
     replayed    spent on steps that a later attempt did anew
-    hang        ranks stood still until the watchdog ended them
+    hang        the last standstill of an attempt that the watchdog ended
 
 Wall time runs from the first attempt's first moment to the last sign of life of the last. Rank 0's records tell it.
 """
@@ -88,18 +88,20 @@ def _divided(stretch: _Stretch, part: float, replayed_from: int | None) -> Itera
 def _life(events: Path, attempt: Attempt) -> list[_Stretch]:
     """An attempt from its first moment to its last sign of life, without gaps."""
     stretches: list[_Stretch] = []
-    now, step, total, doing = attempt.started, attempt.restored_step, 0.0, 1
+    now, step, total, doing, ended = attempt.started, attempt.restored_step, 0.0, 1, False
     for event in _events(events / f"attempt-{attempt.number:04d}-rank-00000.jsonl"):
         spent = {bucket: float(each) for bucket, each in event["seconds"].items()}
         end = now + sum(spent.values())
-        if event["kind"] == "hang":
-            spent = {"hang": end - now}
+        if event["kind"] == "ended":
+            bucket = event["facts"]["bucket"]
+            spent["hang"] = min(spent.get(bucket, 0.0), float(event["facts"]["idle_s"]))
+            spent[bucket] = spent.get(bucket, 0.0) - spent["hang"]
         last = max(step, int(event["step"]))
         stretches.append(_Stretch(now, end, step, last, spent))
         now, step, total = end, last, total + end - now
-        doing = int(event["kind"] != "stop")
+        doing, ended = int(event["kind"] != "stop"), event["kind"] == "ended"
     beat = read_beat(beat_path(events, attempt.number))
-    if beat and sum(beat["seconds"].values()) > total and not (stretches and "hang" in stretches[-1].seconds):
+    if beat and sum(beat["seconds"].values()) > total and not ended:
         spent = _rest(stretches, beat["seconds"])
         last = max(step, int(beat["step"])) + doing  # the step that was cut is lost
         stretches.append(_Stretch(now, now + sum(spent.values()), step, last, spent))

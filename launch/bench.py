@@ -17,7 +17,7 @@ import tyro
 
 from nsi.errors import UsageError
 
-Suite = Literal["loader", "shard", "decoder", "step", "features", "score"]
+Suite = Literal["loader", "shard", "decoder", "step", "features", "score", "checkpoint"]
 ON_DATA = ("loader", "shard", "features")
 ROUNDS = 5  # of each side, in turn, so that a machine's moods meet both
 
@@ -44,6 +44,8 @@ class BenchConfig:
     step: a training step without the backbone against its textbook form, on made numbers.
     features: training steps from stored features against the same from images, on shards.
     score: the contrastive loss of a global batch of 1,024 against its dense form, on made numbers; 8,192 on its own.
+    checkpoint: how long the steps stand still for one, of two ranks, against writing it before the next step, and as a
+    share of their time; gathering the state against doing so tensor by tensor. On made numbers.
     """
 
     what: tyro.conf.Positional[Suite]
@@ -51,7 +53,7 @@ class BenchConfig:
     data: Path | None = None
     """A folder of shards (loader) or of scenes (shard) to measure on; without it scenes are rendered for that. For a
     while copies lie beside it, on the same disk: of shards as links, of scenes eleven times their size.
-    decoder, step and score read none."""
+    decoder, step, score and checkpoint read none."""
     scenes: int = 1000
     """How many scenes to render where no data is given; `shard` copies them to ten times as many."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -79,9 +81,9 @@ def compare(
 
 
 def compared(name: str, unit: str, against: str, ours: Sequence[float], other: Sequence[float]) -> Comparison:
-    """The comparison of what has been measured."""
+    """The comparison of what has been measured; less is better of seconds, MiB and per cent."""
     mine, theirs = statistics.median(ours), statistics.median(other)
-    return Comparison(name, mine, theirs, unit, theirs / mine if unit in ("s", "MiB") else mine / theirs, against)
+    return Comparison(name, mine, theirs, unit, theirs / mine if unit in ("s", "MiB", "%") else mine / theirs, against)
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def _peak_elsewhere(module: str, form: Form) -> float:
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
-def timed(run: Callable[[], None]) -> float:
+def timed(run: Callable[[], object]) -> float:
     """Seconds that a run takes, until the device has finished it."""
     with stopwatch() as seconds:
         run()

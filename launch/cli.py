@@ -22,6 +22,7 @@ VERBS = {
     "features": ("launch.features", "FeaturesConfig", "store the backbone's features, so that training skips it"),
     "train": ("launch.train", "", "train on shards, alone or under any launcher"),
     "eval": ("launch.evaluate", "EvalConfig", "measure retrieval and object discovery of a run"),
+    "export": ("launch.export", "ExportConfig", "write a run's model so that it loads without DeepSpeed"),
     "import-reference": ("launch.import_reference", "ImportConfig", "make a run of the public code's trained model"),
     "audit": ("launch.audit", "AuditConfig", "prove from its ledger what a run has read"),
     "report": ("launch.report", "ReportConfig", "write a run's report as one HTML file"),

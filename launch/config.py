@@ -98,9 +98,9 @@ class OptimConfig:
     """Decides the initial weights, the order of the data and all noise."""
     batch_size: int = 128
     """The GLOBAL batch, on any number of GPUs: a command means the same training everywhere."""
-    micro_batch_size: int = 0
-    """Rows a rank takes through the model at once; 0 means all its rows. Smaller ones cost a second forward of all but
-    the decoder and change no result: every row still sees all negatives."""
+    micro_batch_size: int | Literal["auto"] = 0
+    """Rows a rank takes through the model at once; 0 means all its rows, auto as many as fit into its memory. Smaller
+    ones cost a second forward of all but the decoder and change no result: every row still sees all negatives."""
     epochs: int = 300
     """Passes over the training split."""
     max_steps: int = 0
@@ -210,7 +210,7 @@ def check(config: TrainConfig) -> None:
         if not value > 0:
             raise UsageError(f"--{name} {value}: must be above 0")
     not_negative = {
-        "micro_batch_size": config.optim.micro_batch_size,
+        "micro_batch_size": 0 if config.optim.micro_batch_size == "auto" else config.optim.micro_batch_size,
         "max_steps": config.optim.max_steps,
         "lr_warmup_steps": config.optim.lr_warmup_steps,
         "grad_clip": config.optim.grad_clip,

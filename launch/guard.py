@@ -56,7 +56,8 @@ class Guard:
         return None
 
     def _farewell(self, reason: str) -> None:
+        stood_still = {"bucket": self._clock.place.bucket, "idle_s": self._clock.idle_s()}
         if self.saver:
             self.saver.wait(LAST_CHECKPOINT_S)
-        self._log.record(self._log.instant("hang", {"reason": reason}))
+        self._log.record(self._log.instant("ended", {"reason": reason, **stood_still}))
         self._appender.close(LAST_LINES_S)

@@ -21,7 +21,7 @@ from cluster.collectives import gather_rows, sum_over_ranks
 from cluster.engine import Engine
 from launch.config import LossConfig
 from nsi.batch import Batch
-from nsi.loss import Rows, contrastive_sum
+from nsi.loss import Gather, Rows, contrastive_sum
 from nsi.model import Output
 from nsi.noise import KeyedNoise
 from nsi.tokens import unpack
@@ -48,6 +48,7 @@ class StepSettings:
     batch_size: int  # of all ranks, G
     micro_rows: int  # M
     feature_dim: int  # F
+    gather: Gather = gather_rows  # everybody's rows
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def _contrastive(
 ) -> torch.Tensor:
     """This rank's share of the contrastive loss: shares add up over the ranks."""
     rows = Rows(slots_RNE, primitives_RTE, batch.objects_BT, batch.sample_ids_B, batch.rows_B)
-    total = contrastive_sum(rows, gather_rows, settings.rank, tau_1, settings.loss.score)
+    total = contrastive_sum(rows, settings.gather, settings.rank, tau_1, settings.loss.score)
     return total / settings.batch_size
 
 

@@ -31,6 +31,7 @@ from launch.config import TrainConfig, check
 from launch.display import training_display
 from launch.guard import Guard
 from launch.meter import Meter
+from launch.micro_batch import micro_rows
 from launch.nonfinite import advice, is_broken, report, suspects, write_report
 from launch.pictures import mask_sheet, pictures
 from launch.prepare import DEEPSPEED_CONFIG, Parts, begin, prepare
@@ -66,6 +67,7 @@ def train(config: TrainConfig, stop: StopRequest) -> None:
     with clock.spending("restore"):
         choice = share(together(lambda: choose(config) if world.rank == 0 else None))
     parts = together(lambda: prepare(config, world.rank == 0, world.local_rank == 0, choice))
+    micro = micro_rows(config, world, device, parts)
     endpoint = together(lambda: serve(world, config.log_path, config.watch.prometheus_port))
     # The first thing that writes to RUN.
     attempt = share(together(lambda: begin(config, world, parts, clock.began)))
@@ -93,7 +95,9 @@ def train(config: TrainConfig, stop: StopRequest) -> None:
         watchdog = closing.enter_context(watching(guard.watchdog()))
         workers = closing.enter_context(open_workers(config.data.num_workers, pin=device.type == "cuda"))
         until = deadline(clock.began, config.watch.time_limit * 60, config.watch.grace_seconds, os.environ)
-        trainer = Trainer(config, world, device, parts, attempt, log, board, ledger, workers, until, clock, watchdog)
+        trainer = Trainer(
+            config, world, device, parts, micro, attempt, log, board, ledger, workers, until, clock, watchdog
+        )
         guard.saver = trainer.saver
         log.emit(log.instant("start"))
         finished = trainer.run(stop)
@@ -111,6 +115,7 @@ class Trainer:
         world: World,
         device: torch.device,
         parts: Parts,
+        micro_rows: int,
         attempt: Attempt,
         log: EventLog,
         board: Board | None,
@@ -131,7 +136,6 @@ class Trainer:
         )
         self._backbone = parts.backbone.to(device)
         rows = rows_per_rank(config.optim.batch_size, world.size)
-        micro_rows = min(config.optim.micro_batch_size or rows, rows)
         self._settings = StepSettings(
             config.loss,
             config.optim.seed,
@@ -156,6 +160,7 @@ class Trainer:
         self.now = Progress(0, Plateau(), {})
         self._saved_step = -1
         self._broken_steps = 0  # in a row, up to now
+        self._slow_ranks: set[int] = set()  # told of
         if restored := parts.restored:
             with clock.spending("restore"):
                 self._engine.restore(restored.training)
@@ -213,7 +218,8 @@ class Trainer:
                     slowness = self._watchdog.slowness()
                     slow = slowness.get(world.rank, 1.0)
                     self._log.emit(meter.event(now.step, lr, result, config, order, world.size, scale, slow))
-                    self._tell_of_trouble(slowness)
+                    self._tell_of_trouble()
+                    self._tell_of_stragglers(slowness)
                 if too_many:
                     self._stop_broken(batch, result)
                 if (now.step % validate_every == 0 or now.step == total) and not self._broken_steps:
@@ -266,14 +272,18 @@ class Trainer:
         self._log.emit(Event("validation", now.step, t0, self._clock.now(), figures))
         return figures
 
-    def _tell_of_trouble(self, slowness: dict[int, float]) -> None:
-        """What could not be written, and who is slow, to all who watch."""
+    def _tell_of_trouble(self) -> None:
+        """What could not be written, to all who watch."""
         for text in (*self.saver.troubles(), *self._log.troubles(), *(self._board.troubles() if self._board else ())):
             self._log.emit(self._log.instant("storage", {"text": text}))
+
+    def _tell_of_stragglers(self, slowness: dict[int, float]) -> None:
+        """Who has become slow; once, as long as it lasts."""
+        slow = {rank: times for rank, times in slowness.items() if times >= self._config.watch.straggler_factor}
         if self._world.rank == 0:
-            for rank, times in slowness.items():
-                if times >= self._config.watch.straggler_factor:
-                    self._log.emit(self._log.instant("straggler", {"rank": rank, "times": times}))
+            for rank in slow.keys() - self._slow_ranks:
+                self._log.emit(self._log.instant("straggler", {"rank": rank, "times": slow[rank]}))
+        self._slow_ranks = set(slow)
 
     def _stop_broken(self, batch: Batch, result: StepResult) -> NoReturn:
         """Ends a run whose numbers are none any more, with a report. The watchers have been told."""
@@ -306,7 +316,7 @@ class Trainer:
             return
         with self._clock.spending("checkpoint"):
             self._hand_over()
-        self._tell_of_trouble({})
+        self._tell_of_trouble()
 
     def _hand_over(self) -> None:
         """Copies the state and gives it to the writer."""

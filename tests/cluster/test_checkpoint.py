@@ -82,7 +82,7 @@ def test_none_at_all(tmp_path: Path) -> None:
     assert newest_verified(tmp_path / "missing", print) is None
 
 
-@pytest.mark.parametrize("moment", ["save_file", "sync", "_sha256"])
+@pytest.mark.parametrize("moment", ["save_file", "sync", "file_hash"])
 def test_a_write_cut_anywhere_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:

@@ -29,8 +29,8 @@ def attempt(number: int, started: float, restored: int) -> Attempt:
     return Attempt(number, started, 1, "none", restored)
 
 
-def write_events(folder: Path, number: int, *events: tuple[str, int, dict[str, float]]) -> None:
-    lines = [json.dumps({"kind": kind, "step": step, "seconds": seconds}) for kind, step, seconds in events]
+def write_events(folder: Path, number: int, *events: tuple[str, int, dict[str, float]], **facts: object) -> None:
+    lines = [json.dumps({"kind": k, "step": step, "seconds": seconds, "facts": facts}) for k, step, seconds in events]
     (folder / f"attempt-{number:04d}-rank-00000.jsonl").write_text("\n".join(lines) + "\n")
 
 
@@ -98,13 +98,23 @@ def test_an_attempt_that_lives_on_beside_its_successor(tmp_path: Path) -> None:
     assert found.seconds["replayed"] == pytest.approx(15.0)
 
 
-def test_a_hang_is_what_ends_an_attempt(tmp_path: Path) -> None:
+def test_a_hang_is_the_last_standstill_alone(tmp_path: Path) -> None:
+    """What was done since the last logged step was no hang."""
     write_events(
-        tmp_path, 1, ("start", 0, {"start": 5.0}), ("steps", 10, {"step": 10.0}), ("hang", 10, {"data_wait": 60.0})
+        tmp_path,
+        1,
+        ("start", 0, {"start": 5.0}),
+        ("steps", 10, {"step": 10.0}),
+        ("ended", 14, {"step": 4.0, "data_wait": 61.0}),
+        bucket="data_wait",
+        idle_s=60.0,
     )
-    beat(tmp_path, 1, 10, {"start": 5.0, "step": 10.0, "data_wait": 59.0})
+    beat(tmp_path, 1, 14, {"start": 5.0, "step": 14.0, "data_wait": 62.0})
     found = goodput(tmp_path, [attempt(1, 100.0, 0)])
-    assert (found.seconds["hang"], found.wall_s) == (60.0, 75.0)
+    assert found.wall_s == 80.0
+    assert {bucket: spent for bucket, spent in found.seconds.items() if spent} == {
+        "start": 5.0, "step": 14.0, "data_wait": 1.0, "hang": 60.0,
+    }  # fmt: skip
 
 
 def test_a_stopped_attempt_lost_nothing(tmp_path: Path) -> None:

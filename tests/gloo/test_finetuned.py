@@ -14,6 +14,8 @@ from nsi.finetuned import BACKBONE
 from tests.gloo.problem import Trained, make_finetuned, train_finetuned
 from tests.gloo.worlds import run_world
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 STAGES = (0, 1, 2, 3)
 HALF_STAGES = (1, 2, 3, 0)  # as in test_engine.py

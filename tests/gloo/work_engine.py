@@ -65,9 +65,8 @@ for case in plan:
         if step in broken and world.rank == world.size - 1:
             seen[0, 0, 0] = float("nan")
         places = iter(seen.split(micro_rows))
-        result = training_step(
-            engine, lambda images, places=places: next(places), batch, step, case.get("lr", 1e-3), settings
-        )
+        lr = case["lrs"][step] if "lrs" in case else case.get("lr", 1e-3)
+        result = training_step(engine, lambda images, places=places: next(places), batch, step, lr, settings)
         losses.append(float(result.contrastive + BETA * result.reconstruction))
         norms.append(float(result.grad_norm))
         applied.append(result.applied)

@@ -119,7 +119,9 @@ def check_proof(run: Path, steps: int) -> None:
     assert 0 == attempts[0].restored_step < attempts[1].restored_step < attempts[2].restored_step
     recorded = sum(len(entry.digests_K) for entry in ledger.entries)
     whole, begun = divmod(steps * ROWS, 48)
-    assert done(nsi("audit", run)).splitlines() == [
+    *proof, time_spent = done(nsi("audit", run)).splitlines()
+    assert time_spent.startswith("  time  ")
+    assert proof == [
         f"{run}: proven: every sample was read exactly once an epoch",
         f"  steps     {steps} of {ROWS} samples, none missing, none twice",
         f"  epochs    {whole} whole ones of 48 samples, and {begun} samples of the next",
