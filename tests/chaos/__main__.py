@@ -14,6 +14,7 @@ from pathlib import Path
 
 from shards.synthetic.write import write_scenes
 from tests.chaos.chaos import Outcome, loss_difference, torment, uninterrupted
+from tests.chaos.faults import DEATHS, STOPS
 from tests.chaos.world import zygote
 from tests.making import make_shards
 
@@ -36,7 +37,7 @@ def main(kills: int = 100, seed: int = 0, folder: Path | None = None) -> int:
     told: dict[tuple[str, str], list[tuple[Outcome, float]]] = defaultdict(list)
     for each, difference in zip(rounds, differences, strict=True):
         for outcome in each.outcomes:
-            told[outcome.fault.kind, _place(outcome)].append((outcome, difference))
+            told[_kind(outcome), _place(outcome)].append((outcome, difference))
     print("\n".join(_table(told)))
     troubles = [
         *(f"{each.run}: {each.audit.strip()}" for each in rounds if each.audit),
@@ -55,10 +56,19 @@ def main(kills: int = 100, seed: int = 0, folder: Path | None = None) -> int:
     return int(bool(troubles))
 
 
+def _kind(outcome: Outcome) -> str:
+    """The faults of which a run should make the same."""
+    kinds = next((kinds for kinds in (STOPS, DEATHS) if outcome.fault.kind in kinds), ("SIGKILL",))
+    return "; ".join(kinds)
+
+
 def _place(outcome: Outcome) -> str:
-    """The moment, without its step, number or rank."""
-    words = outcome.moment.split("/")[0] if outcome.moment.startswith("at ") else outcome.moment
-    return words if outcome.struck else "not struck: ended before"
+    """The moment, in a word or two; `chaos.json` has the call and the file."""
+    if not outcome.struck:
+        return "not struck: ended before"
+    if outcome.moment.startswith("at "):
+        return "at a call that changes a file or a name"
+    return outcome.moment.partition(",")[0]
 
 
 def _table(told: dict[tuple[str, str], list[tuple[Outcome, float]]]) -> list[str]:
