@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +29,6 @@ from cluster.checkpoint_folder import (
     STATE,
     IsVoid,
     checkpoint_path,
-    prune,
     put_in_place,
     remove_aside,
     survey,
@@ -38,7 +36,6 @@ from cluster.checkpoint_folder import (
 )
 from cluster.durable import file_hash, sync
 from cluster.loss_scale import LossScale
-from cluster.retention import Retention
 from cluster.training_state import MOMENTS, TrainingState
 from nsi.errors import UserError
 
@@ -170,87 +167,3 @@ def newest_verified(
         except UserError as error:
             warn(f"passed over a checkpoint: {error}")
     return None
-
-
-class CheckpointWriter:
-    """Writes checkpoints in the background, one at a time, so that steps go on meanwhile."""
-
-    def __init__(
-        self,
-        folder: Path,
-        retention: Retention,
-        is_replaced: Callable[[], bool] = lambda: False,
-        before: Callable[[], None] = lambda: None,
-        is_void: IsVoid = lambda step, attempt: False,
-    ) -> None:
-        """`is_replaced` says whether another attempt has taken over: then nothing is written any more. `before` is
-        called in the background before each checkpoint, which is not written where it raises OSError."""
-        self._folder = folder
-        self._retention = retention
-        self._is_replaced = is_replaced
-        self._before = before
-        self._is_void = is_void
-        self._thread: threading.Thread | None = None
-        self._newest: tuple[Checkpoint, frozenset[int]] | None = None  # until it lies on disk
-        self._troubles: list[str] = []
-
-    def submit(self, checkpoint: Checkpoint, keep_also: frozenset[int]) -> None:
-        """Begins to write; waits first for the one before. One that cannot be written is told of by `troubles`: the
-        run can go on, and the checkpoints before it stay.
-
-        Raises UserError where another attempt has taken over.
-        """
-        self.wait()
-        if self._is_replaced():
-            raise UserError(
-                f"{self._folder.parent}: a newer attempt trains this run; this one ends without writing "
-                "(to run both, give each a --log_path of its own)"
-            )
-        self._newest = checkpoint, keep_also
-        self._thread = threading.Thread(target=self._write, args=(checkpoint, keep_also), name="checkpoint")
-        self._thread.start()
-
-    def troubles(self) -> list[str]:
-        """Which checkpoints could not be written since the last call, and why."""
-        troubles, self._troubles = self._troubles, []
-        return troubles
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Waits until nothing is being written any more, and returns whether the newest checkpoint lies on disk."""
-        if self._thread is not None:
-            self._thread.join(timeout_s)
-        return self._newest is None
-
-    def finish(self, pauses_s: Sequence[float] = (1.0, 4.0, 15.0)) -> None:
-        """Waits for the newest checkpoint and tries again, after so many pauses, where it could not be written.
-
-        Raises UserError where it never could.
-        """
-        for pause_s in pauses_s:
-            if self.wait():
-                return
-            time.sleep(pause_s)
-            assert self._newest is not None
-            self.submit(*self._newest)
-        if not self.wait():
-            raise UserError(
-                f"{self._troubles[-1]}; make room or mend the folder and start again, the run goes on from the one "
-                "before"
-            )
-
-    def close(self) -> None:
-        """Waits as `wait` does: for a run that ends for another reason already."""
-        self.wait()
-
-    def _write(self, checkpoint: Checkpoint, keep_also: frozenset[int]) -> None:
-        failed = "the checkpoint could not be written"
-        try:
-            self._before()
-            write_checkpoint(self._folder, checkpoint, self._is_replaced)
-            self._newest = None
-            failed = "older checkpoints could not be removed"
-            if not self._is_replaced():
-                prune(self._folder, checkpoint.attempt, self._retention, keep_also, self._is_void)
-        except Exception as error:  # safetensors has errors of its own; none may get lost in this thread
-            reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-            self._troubles.append(f"{self._folder}: {failed} ({reason})")

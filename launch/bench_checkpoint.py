@@ -19,7 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cluster.checkpoint import Checkpoint, CheckpointWriter, write_checkpoint
+from cluster.checkpoint import Checkpoint, write_checkpoint
+from cluster.checkpoint_writer import CheckpointWriter
 from cluster.engine import Engine
 from cluster.engine_config import EngineConfig
 from cluster.processes import join, leave, use_gpus

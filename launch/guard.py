@@ -5,7 +5,7 @@ from __future__ import annotations
 from cluster.appender import Appender
 from cluster.attempt import Attempt, is_replaced
 from cluster.beat import beat_path, write_beat
-from cluster.checkpoint import CheckpointWriter
+from cluster.checkpoint_writer import CheckpointWriter
 from cluster.clock import Clock
 from cluster.events import EventLog
 from cluster.stop import StopRequest

@@ -12,7 +12,8 @@ import torch
 
 from cluster.appender import Appender
 from cluster.attempt import Attempt, is_replaced, is_superseded, read_attempts
-from cluster.checkpoint import Checkpoint, CheckpointWriter
+from cluster.checkpoint import Checkpoint
+from cluster.checkpoint_writer import CheckpointWriter
 from cluster.clock import Clock, process_began
 from cluster.collectives import any_rank, share, together
 from cluster.engine import Engine

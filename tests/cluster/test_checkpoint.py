@@ -17,7 +17,6 @@ from cluster.checkpoint import (
     OPTIMIZER,
     STATE,
     Checkpoint,
-    CheckpointWriter,
     load_checkpoint,
     newest_verified,
     read_checkpoint,
@@ -178,71 +177,12 @@ def test_what_was_moved_aside_comes_back(tmp_path: Path) -> None:
         assert [path.name for path in folder.iterdir()] == ["step-00000005"]
 
 
-def test_the_writer_works_in_the_background(tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path, Retention(1))
-    for step in (1, 2, 3):
-        writer.submit(make(step), frozenset({1}))
-    writer.wait()
-    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000001", "step-00000003"]
-
-
-def test_a_failed_write_is_told_and_the_run_goes_on(tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path / "file", Retention(1))
-    (tmp_path / "file").write_text("in the way")
-    writer.submit(make(1), frozenset())
-    assert not writer.wait()
-    (trouble,) = writer.troubles()
-    assert "the checkpoint could not be written" in trouble
-    assert writer.troubles() == []  # told once
-    (tmp_path / "file").unlink()
-    writer.finish(pauses_s=(0.0,))  # tries again
-    assert read_checkpoint(tmp_path / "file" / "step-00000001").step == 1
-
-
 def test_a_disk_that_is_full_gets_its_room_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path, make(1))
     monkeypatch.setattr(module, "sync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         write_checkpoint(tmp_path, make(2))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-
-
-def test_the_last_checkpoint_must_get_there(tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path / "file", Retention(1))
-    (tmp_path / "file").write_text("in the way")
-    writer.submit(make(1), frozenset())
-    with pytest.raises(UserError, match="could not be written .*; make room or mend the folder and start again"):
-        writer.finish(pauses_s=(0.0, 0.0))
-
-
-def test_no_checkpoint_without_its_ledger(tmp_path: Path) -> None:
-    def full() -> None:
-        raise OSError(28, "No space left on device")
-
-    writer = CheckpointWriter(tmp_path, Retention(1), before=full)
-    writer.submit(make(1), frozenset())
-    assert not writer.wait()
-    assert not list(tmp_path.glob("step-*"))
-
-
-def test_a_replaced_attempt_writes_nothing(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, make(5))
-    before = (tmp_path / "step-00000005" / STATE).stat().st_mtime_ns
-    writer = CheckpointWriter(tmp_path, Retention(1), is_replaced=lambda: True)
-    with pytest.raises(UserError, match="a newer attempt trains this run"):
-        writer.submit(make(5), frozenset())
-    assert (tmp_path / "step-00000005" / STATE).stat().st_mtime_ns == before
-
-
-def test_an_attempt_that_is_replaced_while_it_writes_leaves_what_its_successor_wrote(tmp_path: Path) -> None:
-    """It was the newest when it began, and another is when the bytes lie on the disk."""
-    answers = iter([False, True, True])
-    writer = CheckpointWriter(tmp_path, Retention(1), is_replaced=lambda: next(answers))
-    write_checkpoint(tmp_path, replace(make(5), attempt=3))
-    writer.submit(make(5), frozenset())
-    writer.wait()
-    assert read_checkpoint(tmp_path / "step-00000005").attempt == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
 
 
 def test_a_checkpoint_that_came_after_a_successor_is_passed_over(tmp_path: Path) -> None:

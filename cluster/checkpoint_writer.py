@@ -1,0 +1,136 @@
+"""Writes checkpoints in a thread of its own, so that steps go on meanwhile, however slow the disk is.
+
+One is being written and one may wait in memory. Where the disk is slower than checkpoints come, the waiting one gives
+way to the newer, which says all that it said.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from cluster.checkpoint import Checkpoint, write_checkpoint
+from cluster.checkpoint_folder import IsVoid, prune
+from cluster.retention import Retention
+from nsi.errors import UserError
+
+
+class _Work(NamedTuple):
+    checkpoint: Checkpoint
+    keep_also: frozenset[int]
+
+
+class CheckpointWriter:
+    """The writer of one attempt. Its methods are called by one thread, `wait` by any."""
+
+    def __init__(
+        self,
+        folder: Path,
+        retention: Retention,
+        is_replaced: Callable[[], bool] = lambda: False,
+        before: Callable[[], None] = lambda: None,
+        is_void: IsVoid = lambda step, attempt: False,
+    ) -> None:
+        """`is_replaced` says whether another attempt has taken over: then nothing is written any more. `before` is
+        called in the background before each checkpoint, which is not written where it raises OSError."""
+        self._folder = folder
+        self._retention = retention
+        self._is_replaced = is_replaced
+        self._before = before
+        self._is_void = is_void
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None  # while there is something to write
+        self._waiting: _Work | None = None
+        self._newest: _Work | None = None  # until it lies on disk
+        self._troubles: list[str] = []
+
+    def submit(self, checkpoint: Checkpoint, keep_also: frozenset[int]) -> None:
+        """Takes a checkpoint and returns at once. One that is not written is told of by `troubles`: the run can go on,
+        and the checkpoints before it stay.
+
+        It waits only for the disk where the one that waits in memory is among `keep_also`, the steps to keep whatever
+        becomes of the others. Raises UserError where another attempt has taken over.
+        """
+        if self._is_replaced():
+            raise UserError(
+                f"{self._folder.parent}: a newer attempt trains this run; this one ends without writing "
+                "(to run both, give each a --log_path of its own)"
+            )
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting or self._waiting.checkpoint.step not in keep_also)
+            if self._waiting:
+                self._troubles.append(
+                    f"{self._folder}: the checkpoint of step {self._waiting.checkpoint.step} was left out, since the "
+                    f"disk still wrote an older one when that of step {checkpoint.step} came"
+                )
+            self._waiting = self._newest = _Work(checkpoint, keep_also)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="checkpoint")
+                self._thread.start()
+
+    def troubles(self) -> list[str]:
+        """Which checkpoints were not written since the last call, and why."""
+        with self._changed:
+            troubles, self._troubles = self._troubles, []
+        return troubles
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Waits until nothing is being written any more, and returns whether the newest checkpoint lies on disk."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._thread is None, timeout_s)
+            return self._newest is None
+
+    def finish(self, pauses_s: Sequence[float] = (1.0, 4.0, 15.0)) -> None:
+        """Waits for the newest checkpoint and tries again, after so many pauses, where it could not be written.
+
+        Raises UserError where it never could.
+        """
+        for pause_s in pauses_s:
+            if self.wait():
+                return
+            time.sleep(pause_s)
+            assert self._newest is not None
+            self.submit(*self._newest)
+        if not self.wait():
+            raise UserError(
+                f"{self._troubles[-1]}; make room or mend the folder and start again, the run goes on from the one "
+                "before"
+            )
+
+    def close(self) -> None:
+        """Waits as `wait` does: for a run that ends for another reason already."""
+        self.wait()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                work, self._waiting = self._waiting, None
+                if work is None:
+                    self._thread = None
+                self._changed.notify_all()
+            if work is None:
+                return
+            trouble = self._write(work)
+            with self._changed:
+                if trouble:
+                    self._troubles.append(trouble)
+
+    def _write(self, work: _Work) -> str | None:
+        """Writes one, and removes what is not kept; returns what went wrong."""
+        failed = "the checkpoint could not be written"
+        try:
+            self._before()
+            write_checkpoint(self._folder, work.checkpoint, self._is_replaced)
+            with self._changed:
+                if self._newest is work:
+                    self._newest = None
+            failed = "older checkpoints could not be removed"
+            if not self._is_replaced():
+                prune(self._folder, work.checkpoint.attempt, self._retention, work.keep_also, self._is_void)
+        except Exception as error:  # safetensors has errors of its own; none may get lost in this thread
+            reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            return f"{self._folder}: {failed} ({reason})"
+        return None
