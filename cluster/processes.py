@@ -8,9 +8,13 @@ import time
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from cluster.world import World
 from nsi.errors import UserError
+
+# The watchdog ends a rank that waits, long before.
+COLLECTIVE = datetime.timedelta(minutes=30)
 
 
 def use_gpus() -> bool:
@@ -25,28 +29,30 @@ def device_of(world: World) -> torch.device:
     return torch.device("cuda", world.local_rank % torch.cuda.device_count())
 
 
-def join(world: World, timeout_s: float = 1800.0) -> None:
+def join(world: World, meet_s: float = 600.0) -> None:
     """Joins the process group of a world, gloo on CPUs and NCCL on GPUs.
 
-    A world of one meets itself in memory: it needs no port and no launcher. Raises UserError where the ranks cannot
-    meet (the port taken, rank 0's host unreachable).
+    A world of one meets itself in memory: it needs no port and no launcher. Raises UserError where the ranks do not
+    meet within `meet_s` (the port taken, rank 0's host unreachable, a rank that died before it came).
     """
     os.environ.update(world.environment())
     on_gpu = use_gpus()
     if on_gpu:
         torch.cuda.set_device(device_of(world))
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    timeout = datetime.timedelta(seconds=timeout_s)
     if world.size == 1:
         memory = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=memory, rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=memory, rank=0, world_size=1, timeout=COLLECTIVE)
         return
     try:
-        dist.init_process_group(backend, init_method="env://", timeout=timeout)
+        meeting = datetime.timedelta(seconds=meet_s)
+        store, rank, size = next(iter(rendezvous("env://", timeout=meeting)))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise UserError(
             f"rank {world.rank} cannot meet the others at {world.master_addr}:{world.master_port} "
-            f"({str(error).splitlines()[0]}); set MASTER_PORT to a free port, MASTER_ADDR to rank 0's host"
+            f"({str(error).splitlines()[0]}); set MASTER_PORT to a free port, MASTER_ADDR to rank 0's host, and see "
+            "in their logs whether all ranks live"
         ) from None
 
 

@@ -47,12 +47,12 @@ class Watchdog:
         world: World,
         clock: Clock,
         hang_s: float,
-        stacks: Path,
+        stacks: Callable[[], Path],
         look: Callable[[], str | None],
         farewell: Callable[[str], None],
     ) -> None:
-        """`stacks`: the folder for the ranks' stacks. `look` is asked every tick for another reason to end at once,
-        and `farewell` told of any, before the process ends; both from the watchdog's thread."""
+        """`stacks` says which folder the ranks' stacks go to, `look` is asked every tick for another reason to end at
+        once, and `farewell` told of any, before the process ends; all from the watchdog's thread."""
         self._world, self._clock, self._hang_s, self._stacks = world, clock, hang_s, stacks
         self._look, self._farewell = look, farewell
         self._node = socket.gethostname()
@@ -214,15 +214,15 @@ class Watchdog:
         os._exit(1)
 
     def _write_stacks(self) -> str:
-        path = self._stacks / f"rank-{self._world.rank:05d}.txt"
+        path = self._stacks() / f"rank-{self._world.rank:05d}.txt"
         try:
-            self._stacks.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError:
             faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
             return "this log"
-        return str(self._stacks)
+        return str(path.parent)
 
 
 class _Link:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from cluster.appender import Appender
 from cluster.attempt import Attempt, is_replaced
 from cluster.beat import beat_path, write_beat
@@ -26,32 +28,37 @@ class Guard:
         self,
         config: TrainConfig,
         world: World,
-        attempt: Attempt,
         stop: StopRequest,
         clock: Clock,
-        log: EventLog,
-        appender: Appender,
     ) -> None:
-        self._config, self._world, self._attempt = config, world, attempt
-        self._stop, self._clock, self._log, self._appender = stop, clock, log, appender
-        self.saver: CheckpointWriter | None = None  # once there is one
+        self._config, self._world, self._stop, self._clock = config, world, stop, clock
+        # Each once there is one.
+        self.attempt: Attempt | None = None
+        self.log: EventLog | None = None
+        self.appender: Appender | None = None
+        self.saver: CheckpointWriter | None = None
         self._ticks = 0
 
     def watchdog(self) -> Watchdog:
         """The watchdog that asks this guard."""
-        stacks = self._config.log_path / runfolder.STACKS / f"attempt-{self._attempt.number:04d}"
-        return Watchdog(self._world, self._clock, self._config.watch.hang_seconds, stacks, self._look, self._farewell)
+        hang_s = self._config.watch.hang_seconds
+        return Watchdog(self._world, self._clock, hang_s, self._stacks, self._look, self._farewell)
+
+    def _stacks(self) -> Path:
+        """Where the ranks' stacks go."""
+        name = f"attempt-{self.attempt.number:04d}" if self.attempt else "start"
+        return self._config.log_path / runfolder.STACKS / name
 
     def _look(self) -> str | None:
         """A reason to end at once; and rank 0 leaves a sign of life."""
         run, grace_s = self._config.log_path, self._config.watch.grace_seconds
         if self._stop.is_overdue(grace_s):
             return f"asked to stop by {self._stop.reason}, and not done --grace_seconds {grace_s:g} later"
-        if self._world.rank:
+        if self._world.rank or not self.attempt:
             return None
-        write_beat(beat_path(run / runfolder.EVENTS, self._attempt.number), self._clock)
+        write_beat(beat_path(run / runfolder.EVENTS, self.attempt.number), self._clock)
         self._ticks += 1
-        if self._ticks % LOOK_EVERY == 0 and is_replaced(run / runfolder.ATTEMPTS, self._attempt):
+        if self._ticks % LOOK_EVERY == 0 and is_replaced(run / runfolder.ATTEMPTS, self.attempt):
             return f"{run}: a newer attempt trains this run; this one ends (to run both, give each its own --log_path)"
         return None
 
@@ -59,5 +66,6 @@ class Guard:
         stood_still = {"bucket": self._clock.place.bucket, "idle_s": self._clock.idle_s()}
         if self.saver:
             self.saver.wait(LAST_CHECKPOINT_S)
-        self._log.record(self._log.instant("ended", {"reason": reason, **stood_still}))
-        self._appender.close(LAST_LINES_S)
+        if self.log and self.appender:
+            self.log.record(self.log.instant("ended", {"reason": reason, **stood_still}))
+            self.appender.close(LAST_LINES_S)

@@ -20,7 +20,6 @@ from cluster.prometheus import forget_endpoints
 from cluster.world import World
 from launch import runfolder
 from launch.build import make_backbone, make_model, standing_before
-from launch.choose import Choice, choose, load_chosen
 from launch.compiling import compile_model
 from launch.config import TrainConfig, to_json
 from launch.resume import check_belongs, load_start
@@ -55,11 +54,10 @@ class Parts:
     restored: Checkpoint | None
 
 
-def prepare(config: TrainConfig, speak: bool, first_of_node: bool, choice: Choice | None = None) -> Parts:
-    """Opens the data, builds the model, and loads what to go on from.
+def prepare(config: TrainConfig, speak: bool, first_of_node: bool, restored: Checkpoint | None) -> Parts:
+    """Opens the data and builds the model, with the weights of `restored`, the checkpoint to go on from.
 
-    `speak`: whether to print warnings. `first_of_node`: whether to look if all shards are there, once a node. `choice`:
-    the checkpoint that one rank chose for all; without it this process chooses for itself.
+    `speak`: whether to print warnings. `first_of_node`: whether to look if all shards are there, once a node.
     Raises UserError for anything that does not fit together.
     """
     check_deepspeed_config(config.engine.deepspeed_config or DEEPSPEED_CONFIG, config.engine)
@@ -83,7 +81,6 @@ def prepare(config: TrainConfig, speak: bool, first_of_node: bool, choice: Choic
         backbone = make_backbone(config.backbone, config.data.image_size)
         backbone_hash = parameters_hash(backbone)
     warn = _warn if speak else lambda text: None
-    restored = load_chosen(config.log_path, choice or choose(config))
     if restored:
         check_belongs(restored, config, train_split, backbone_hash, warn)
     model = make_model(config, train_split.manifest.vocabulary, backbone)

@@ -16,15 +16,19 @@ RANKS = 3
 
 def outcome(folder: Path, what: str, faulty: int) -> tuple[list[int], list[str]]:
     """Exit statuses and what was said on stderr, by rank."""
+    return outcome_of(folder, "work_watchdog.py", RANKS, what, str(faulty), str(folder / "stacks"))
+
+
+def outcome_of(folder: Path, worker: str, size: int, *arguments: str) -> tuple[list[int], list[str]]:
     port, ranks = free_port(), []
-    for rank in range(RANKS):
-        command = [sys.executable, str(HERE / "work_watchdog.py"), str(folder / f"{rank}.json"), what, str(faulty)]
+    for rank in range(size):
+        command = [sys.executable, str(HERE / worker), str(folder / f"{rank}.json"), *arguments]
         with (folder / f"{rank}.err").open("w") as log:
             ranks.append(
                 subprocess.Popen(
-                    [*command, str(folder / "stacks")],
+                    command,
                     cwd=HERE.parents[1],
-                    env={**environment(rank, RANKS, port), "PYTHONPATH": str(HERE.parents[1])},
+                    env={**environment(rank, size, port), "PYTHONPATH": str(HERE.parents[1])},
                     stderr=log,
                 )
             )
@@ -33,7 +37,7 @@ def outcome(folder: Path, what: str, faulty: int) -> tuple[list[int], list[str]]
     finally:
         for rank in ranks:
             rank.kill()
-    return statuses, [(folder / f"{rank}.err").read_text() for rank in range(RANKS)]
+    return statuses, [(folder / f"{rank}.err").read_text() for rank in range(size)]
 
 
 @pytest.mark.slow
@@ -67,3 +71,36 @@ def test_slow_ranks_are_known_and_nobody_is_hurt(tmp_path: Path) -> None:
     statuses, said = outcome(tmp_path, "slow", 2)
     assert (statuses, said) == ([0, 0, 0], ["", "", ""])
     assert [float((tmp_path / f"{rank}.json").read_text()) for rank in range(RANKS)] == [1.0, 1.0, 3.0]
+
+
+@pytest.mark.slow
+def test_who_never_comes_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    """A rank that died before the ranks have met; two of three wait for it."""
+    port, program = free_port(), "import os; from cluster.processes import join; from cluster.world import find_world; "
+    program += "join(find_world(os.environ), 3.0)"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env={**environment(rank, RANKS, port), "PYTHONPATH": str(HERE.parents[1])},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(RANKS - 1)
+    ]
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert "rank 0 cannot meet the others" in said[0]
+    assert "2/3 clients joined" in said[0]
+
+
+@pytest.mark.slow
+def test_who_does_not_stop_in_time_is_ended(tmp_path: Path) -> None:
+    """Asked to stop while another rank hangs: out by force when the grace is over."""
+    statuses, said = outcome_of(tmp_path, "work_guard.py", 2, str(tmp_path / "run"))
+    assert statuses == [1, 1]
+    for text in said:
+        assert "asked to stop by SIGTERM, and not done --grace_seconds 2 later" in text
+    assert {path.name for path in (tmp_path / "run" / "stacks" / "start").iterdir()} == {
+        "rank-00000.txt",
+        "rank-00001.txt",
+    }

@@ -23,7 +23,7 @@ def farewell(reason: str) -> None:
     Path(out).write_text('{"reason": "told"}')
 
 
-watchdog = Watchdog(world, clock, 3.0, Path(stacks), lambda: None, farewell)
+watchdog = Watchdog(world, clock, 3.0, lambda: Path(stacks), lambda: None, farewell)
 with watching(watchdog):
     for step in range(1, 6):
         clock.enter("step", step)

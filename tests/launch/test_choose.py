@@ -11,8 +11,8 @@ import pytest
 from cluster.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from cluster.checkpoint_folder import COMPLETE, STATE, checkpoint_path
 from launch.choose import Choice, choose, load_chosen
-from launch.prepare import prepare
 from nsi.errors import UserError
+from tests.launch.prepared import prepared
 from tests.launch.test_resume import checkpointed, configured
 from tests.making import make_shards
 
@@ -27,7 +27,7 @@ def edit(path: Path) -> None:
 def refused(shards: Path, run: Path, *more: object) -> str:
     """The one line that a start says before it ends."""
     with pytest.raises(UserError) as error:
-        prepare(configured(shards, run, *more), True, True)
+        prepared(configured(shards, run, *more))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -46,7 +46,7 @@ def test_an_edited_byte_falls_back_to_the_one_before(
 ) -> None:
     newest = checkpoint_path(run / "checkpoints", 2)
     edit(newest / name)
-    parts = prepare(configured(shards, run), True, True)
+    parts = prepared(configured(shards, run))
     assert parts.restored is not None
     assert parts.restored.step == 0
     said = capsys.readouterr().err
@@ -64,7 +64,7 @@ def test_nothing_begins_anew_where_all_is_damaged(shards: Path, run: Path, name:
     assert said.endswith("or remove the folder to begin at step 0")
     assert sorted(run.rglob("*")) == before
     shutil.rmtree(run / "checkpoints")
-    assert prepare(configured(shards, run), True, True).restored is None
+    assert prepared(configured(shards, run)).restored is None
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(

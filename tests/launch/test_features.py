@@ -204,7 +204,7 @@ def test_wrong_usage(shards: Path, tmp_path: Path, given: str) -> None:
 def prepared(shards: Path, store: object, run: Path, *more: object) -> Parts:
     given = ["--data_path", shards, "--log_path", run, *SMALL, "--features", store, *more]
     config: TrainConfig = parse([str(each) for each in given])
-    return prepare(config, speak=True, first_of_node=True)
+    return prepare(config, True, True, None)
 
 
 def test_a_store_that_fits(shards: Path, store: Path, tmp_path: Path) -> None:

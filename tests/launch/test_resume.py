@@ -12,11 +12,12 @@ from cluster.checkpoint import Checkpoint, write_checkpoint
 from cluster.training_state import MOMENTS, TrainingState
 from launch.build import make_backbone
 from launch.config import BackboneConfig, TrainConfig
-from launch.prepare import Parts, prepare
+from launch.prepare import Parts
 from launch.resume import Progress, checkpoint_facts
 from launch.schedule import Plateau
 from launch.train import parse
 from nsi.errors import UserError
+from tests.launch.prepared import prepared
 from tests.launch.test_training import SMALL
 
 
@@ -26,13 +27,13 @@ def configured(shards: Path, run: Path, *more: object) -> TrainConfig:
 
 def started(shards: Path, folder: Path, start: Path, *more: object) -> Parts:
     """A fresh run made of another one's weights, up to its first step."""
-    return prepare(configured(shards, folder / "new", "--checkpoint_path", start, *more), True, True)
+    return prepared(configured(shards, folder / "new", "--checkpoint_path", start, *more))
 
 
 def checkpointed(shards: Path, folder: Path, *more: object) -> Path:
     """A checkpoint of a run's beginning, as training writes it."""
     config = configured(shards, folder, *more)
-    parts = prepare(config, speak=True, first_of_node=True)
+    parts = prepared(config)
     parameters = {name: value.detach() for name, value in parts.model.named_parameters() if value.requires_grad}
     moments = {moment: {name: torch.zeros_like(value) for name, value in parameters.items()} for moment in MOMENTS}
     manifest, now = parts.train.manifest, Progress(0, Plateau(), {})
@@ -100,10 +101,10 @@ def test_how_half_precision_comes_about_is_told_once(
     half = ("--precision", "bf16", "--zero_stage", "0")
     checkpointed(shards, tmp_path / "half", *half)
     assert capsys.readouterr().err == note
-    prepare(configured(shards, tmp_path / "half", *half), True, True)
+    prepared(configured(shards, tmp_path / "half", *half))
     assert capsys.readouterr().err == ""
     checkpointed(shards, tmp_path / "full")
-    prepare(configured(shards, tmp_path / "full", *half), True, True)
+    prepared(configured(shards, tmp_path / "full", *half))
     assert capsys.readouterr().err == note
 
 

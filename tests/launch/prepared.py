@@ -1,0 +1,12 @@
+"""A run made ready in this process alone, as rank 0 of one."""
+
+from __future__ import annotations
+
+from launch.choose import choose, load_chosen
+from launch.config import TrainConfig
+from launch.prepare import Parts, prepare
+
+
+def prepared(config: TrainConfig) -> Parts:
+    """What stands before the first step, with the checkpoint that it goes on from."""
+    return prepare(config, True, True, load_chosen(config.log_path, choose(config)))
