@@ -8,16 +8,16 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 import tyro
 
-from cluster.attempt import Attempt, is_superseded, read_attempts
+from cluster.attempt import Attempt, read_attempts
 from launch import runfolder
-from launch.runfolder import read_lines, standing_lines
+from launch.history import UNKNOWN, attempt_rows, time_rows, when
+from launch.runfolder import standing_lines
 from nsi.errors import UserError
 from nsi.metrics.grounding import IOU_THRESHOLD
 
@@ -25,7 +25,6 @@ FIRST_SPLIT = "test"
 TEMPLATE = "report.html.j2"
 LABEL_WIDTH = 400  # a frame of so many pixels has slot numbers at their natural size
 WIDE_SHARE = 0.4  # a slot over so much of the frame is drawn faintly, or its colour would hide the objects
-UNKNOWN = "–"
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,8 @@ def render(folder: Path) -> str:
         broken_steps=[line["step"] for line in metrics if _is_broken(line.get("loss"))],
         settings=_settings(recorded.get("config")),
         recorded=recorded,
-        attempts=_attempts(folder, attempts),
+        attempts=attempt_rows(folder, attempts),
+        spent=time_rows(folder, attempts),
     )
 
 
@@ -154,7 +154,7 @@ def _facts(recorded: dict[str, Any], metrics: list[dict], attempts: list[Attempt
         "attempts": len(attempts),
         "left_out": sum(line.get("nonfinite_steps") or 0 for line in metrics),
         "images_per_second": float(np.median(rates)) if rates else None,
-        "started": _time(attempts[0].started) if attempts else None,
+        "started": when(attempts[0].started) if attempts else None,
         "split_sizes": {split: pick(recorded, "data", split) for split in ("train", "val", "test")},
     }
 
@@ -293,26 +293,3 @@ def _settings(config: Any) -> list[dict[str, Any]]:
             given = flag not in ("data_path", "log_path") and chosen != default
             rows.append({"flag": flag, "value": chosen, "default": default, "changed": given})
     return [{"name": name, "rows": rows} for name, rows in groups.items() if rows]
-
-
-def _attempts(folder: Path, attempts: list[Attempt]) -> list[dict[str, Any]]:
-    """Each start of the run: where it went on, how far it came, and how much of it a later one made void."""
-    lines = read_lines(folder, runfolder.METRICS)
-    rows = []
-    for attempt in attempts:
-        steps = [line["step"] for line in lines if line.get("attempt") == attempt.number and "step" in line]
-        stages = {line.get("zero_stage") for line in lines if line.get("attempt") == attempt.number}
-        rows.append(
-            {
-                **vars(attempt),
-                "when": _time(attempt.started),
-                "reached": max(steps, default=None),
-                "void": sum(is_superseded(step, attempt.number, attempts) for step in steps),
-                "zero_stage": ", ".join(str(stage) for stage in stages if stage is not None) or UNKNOWN,
-            }
-        )
-    return rows
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")

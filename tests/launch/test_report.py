@@ -215,6 +215,25 @@ def test_torn_lines_are_passed_over_wherever_they_are(tmp_path):
     assert read_lines(tmp_path, "no-such.jsonl") == []
 
 
+def test_the_time_of_all_attempts_is_shown(folder):
+    (folder / "events").mkdir()
+    for number, seconds in ((1, {"start": 10.0, "step": 60.0}), (2, {"restore": 5.0, "step": 25.0})):
+        stop = {"kind": "stop", "step": 30 * number, "t0": 0.0, "t1": 0.0, "facts": {}, "seconds": seconds}
+        (folder / f"events/attempt-{number:04d}-rank-00000.jsonl").write_text(json.dumps(stop) + "\n")
+        attempt = folder / f"attempts/attempt-{number:04d}.json"
+        attempt.write_text(json.dumps(json.loads(attempt.read_text()) | {"started": 1.7e9 + 100 * number}))
+    words = Page(render(folder)).words()
+    assert "Where the time went" in words
+    for row in (
+        "queue30.0 s23.1 %",
+        "start10.0 s7.7 %",
+        "restore5.0 s3.8 %",
+        "step1:05 min50.0 %",
+        "replayed20.0 s15.4 %",
+    ):
+        assert row in words
+
+
 def test_losses_that_are_no_numbers_are_named(html):
     assert "The loss was not a finite number in 1 logged step, first in step 20." in Page(html).words()
 
