@@ -14,6 +14,9 @@ ECHO_S = 1.0  # Slurm may send one signal to the batch script and to its ranks, 
 SLURM_END = "SLURM_JOB_END_TIME"  # seconds since 1970
 
 
+REQUEUE = "requeue"  # what a batch script writes into the stop file
+
+
 class StopRequest:
     """Remembers the first reason to stop. A signal a second after another ends the process at once."""
 
@@ -32,7 +35,7 @@ class StopRequest:
             self._wish("its time limit")
         if self.reason is None and stop_file and stop_file.exists():
             self._wish(str(stop_file))
-            self.is_for_good = True
+            self.is_for_good = _content(stop_file) != REQUEUE
         return self.reason is not None
 
     def is_overdue(self, grace_s: float) -> bool:
@@ -60,3 +63,10 @@ def deadline(began: float, limit_s: float, grace_s: float, environ: Mapping[str,
     if slurm_end.isdigit() and int(slurm_end) > began:
         ends.append(float(slurm_end))
     return min(ends, default=math.inf) - grace_s
+
+
+def _content(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:  # a person has taken it away again
+        return ""

@@ -116,8 +116,27 @@ def slurm_port(env: Mapping[str, str]) -> int:
 
 def first_host(nodelist: str) -> str:
     """The first host of a Slurm node list: `gpu[03-05,9],login` has gpu03."""
-    match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodelist)
-    return "".join(part or "" for part in match.groups()) if match else ""
+    return next(iter(hosts(nodelist)), "")
+
+
+def hosts(nodelist: str) -> list[str]:
+    """All hosts of a Slurm node list, in order: `gpu[03-05,9],login` has gpu03, gpu04, gpu05, gpu9 and login."""
+    found: list[str] = []
+    for item in re.findall(r"(?:\[[^\]]*\]|[^,\[])+", nodelist):
+        names = [""]
+        for place, part in enumerate(re.split(r"\[([^\]]*)\]", item)):  # text and ranges by turns
+            names = [name + end for name in names for end in (_numbers(part) if place % 2 else [part])]
+        found += names
+    return found
+
+
+def _numbers(ranges: str) -> list[str]:
+    """`03-05,9` has 03, 04, 05 and 9."""
+    numbers: list[str] = []
+    for item in ranges.split(","):
+        first, _, last = item.partition("-")
+        numbers += [f"{number:0{len(first)}}" for number in range(int(first), int(last or first) + 1)]
+    return numbers
 
 
 def _tasks_on_node(env: Mapping[str, str], size: int) -> int:

@@ -19,6 +19,7 @@ VERBS = {
     "shard": ("launch.shard", "ShardConfig", "turn CLEVRTex, in any form, into WebDataset shards"),
     "verify": ("launch.verify", "VerifyConfig", "check every byte of a folder of shards"),
     "plan": ("launch.plan", "PlanConfig", "what a run over these shards will need, before paying for it"),
+    "doctor": ("launch.doctor", "DoctorConfig", "check the nodes of a job, or this machine, before it begins"),
     "features": ("launch.features", "FeaturesConfig", "store the backbone's features, so that training skips it"),
     "train": ("launch.train", "", "train on shards, alone or under any launcher"),
     "eval": ("launch.evaluate", "EvalConfig", "measure retrieval and object discovery of a run"),
@@ -36,9 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one verb; the process ends with 0 for done, 1 for a failure told in one line, 2 for wrong usage."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     status = run(given)
-    if given[:1] == ["train"]:
+    if given[:1] in (["train"], ["doctor"]):
         # A failed rank leaves gloo's threads running, and these abort Python's own way out now and then (pytorch issue
-        # 190489): the status would be SIGABRT's. All files are closed by now.
+        # 190489): the status would be SIGABRT's. The doctor may leave threads behind that no folder answers. All files
+        # are closed by now.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

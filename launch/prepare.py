@@ -126,6 +126,7 @@ def begin(config: TrainConfig, world: World, parts: Parts, started: float) -> At
         clear_leftovers(config.log_path / runfolder.CHECKPOINTS, attempt.number)
     for mark in (runfolder.STOPPED, runfolder.STOP):
         (config.log_path / mark).unlink(missing_ok=True)
+    (config.log_path / runfolder.RUNNING).write_text(f"{attempt.number}\n")
     forget_endpoints(config.log_path)
     manifest = parts.train.manifest
     content = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from launch.guard import Guard
 from launch.micro_batch import micro_rows
 from launch.prepare import begin, prepare
 from launch.trainer import Means, Trainer, total_steps
+from nsi.errors import UserError
 from shards.loading.workers import open_workers
 
 
@@ -77,13 +79,35 @@ def train(config: TrainConfig, stop: StopRequest) -> None:
         workers = closing.enter_context(open_workers(config.data.num_workers, pin=device.type == "cuda"))
         until = deadline(clock.began, config.watch.time_limit * 60, config.watch.grace_seconds, os.environ)
         means = Means(world, device, parts, micro, attempt, log, board, ledger, workers, until, clock, watchdog)
-        trainer = Trainer(config, means)
-        guard.saver = trainer.saver
-        log.emit(log.instant("start"))
-        finished = trainer.run(stop)
+        with ending_in_order(config.log_path / runfolder.RUNNING, attempt.number, world.rank):
+            trainer = Trainer(config, means)
+            guard.saver = trainer.saver
+            log.emit(log.instant("start"))
+            finished = trainer.run(stop)
         leave()
     if world.rank == 0:
         _say_where(config.log_path, finished, stop)
+
+
+@contextlib.contextmanager
+def ending_in_order(mark: Path, attempt: int, rank: int) -> Iterator[None]:
+    """Takes away the mark of an attempt that trains, if it is still ours, unless the attempt dies in the block.
+
+    To be told that something is wrong is an end in order: queueing the job again would not mend it.
+    """
+    try:
+        yield
+    except (UserError, SystemExit):  # together() leaves by SystemExit where another rank has told it
+        _take_away(mark, attempt)
+        raise
+    if rank == 0:  # the last to be done: it writes the checkpoint
+        _take_away(mark, attempt)
+
+
+def _take_away(mark: Path, attempt: int) -> None:
+    with contextlib.suppress(OSError):
+        if mark.read_text().strip() == str(attempt):
+            mark.unlink()
 
 
 def _say_where(run: Path, finished: bool, stop: StopRequest) -> None:

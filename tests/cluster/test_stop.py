@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 import sys
@@ -46,6 +47,14 @@ def test_the_second_signal_ends_the_process(first: signal.Signals) -> None:
 )
 def test_the_deadline(limit: float, environ: dict[str, str], expected: float) -> None:
     assert deadline(1000.0, limit, 120.0, environ) == expected
+
+
+@pytest.mark.parametrize(("content", "for_good"), [("", True), ("requeue\n", False)])
+def test_a_batch_script_says_that_it_will_queue_the_run_again(tmp_path: Path, content: str, for_good: bool) -> None:
+    (tmp_path / "stop").write_text(content)
+    stop = StopRequest()
+    assert stop.look(tmp_path / "stop", math.inf)
+    assert stop.is_for_good is for_good
 
 
 def test_a_stop_file_is_for_good_and_a_deadline_is_not(tmp_path: Path) -> None:

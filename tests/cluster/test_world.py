@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.world import World, find_world, first_host, slurm_port
+from cluster.world import World, find_world, first_host, hosts, slurm_port
 from nsi.errors import UserError
 
 LAUNCHER = {
@@ -83,6 +83,15 @@ def test_restarts_change_the_port() -> None:
 )  # fmt: skip
 def test_first_host(nodelist: str, host: str) -> None:
     assert first_host(nodelist) == host
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "names"),
+    [("", []), ("n1", ["n1"]), ("gpu[08-10,2],login", ["gpu08", "gpu09", "gpu10", "gpu2", "login"]),
+     ("r[1-2]n[3,5]-ib", ["r1n3-ib", "r1n5-ib", "r2n3-ib", "r2n5-ib"]), ("a,b[9-10]", ["a", "b9", "b10"])],
+)  # fmt: skip
+def test_hosts(nodelist: str, names: list[str]) -> None:
+    assert hosts(nodelist) == names
 
 
 @pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
