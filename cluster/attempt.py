@@ -46,7 +46,9 @@ def take_attempt(
             except FileExistsError:
                 number += 1
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --log_path") from None
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}); make room, or choose another --log_path"
+        ) from None
 
 
 def read_attempts(folder: Path) -> list[Attempt]:

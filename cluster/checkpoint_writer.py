@@ -1,7 +1,7 @@
 """Writes checkpoints in a thread of its own, so that steps go on meanwhile, however slow the disk is.
 
-One is being written and one may wait in memory. Where the disk is slower than checkpoints come, the waiting one gives
-way to the newer, which says all that it said.
+One is being written and others may wait in memory: the newest, and the best so far. Where the disk is slower than
+checkpoints come, what waits gives way to the newer, which says all that it said.
 """
 
 from __future__ import annotations
@@ -43,16 +43,17 @@ class CheckpointWriter:
         self._is_void = is_void
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None  # while there is something to write
-        self._waiting: _Work | None = None
+        self._waiting: list[_Work] = []
         self._newest: _Work | None = None  # until it lies on disk
         self._troubles: list[str] = []
+        self._saved: list[int] = []
 
     def submit(self, checkpoint: Checkpoint, keep_also: frozenset[int]) -> None:
         """Takes a checkpoint and returns at once. One that is not written is told of by `troubles`: the run can go on,
         and the checkpoints before it stay.
 
-        It waits only for the disk where the one that waits in memory is among `keep_also`, the steps to keep whatever
-        becomes of the others. Raises UserError where another attempt has taken over.
+        `keep_also`: steps to keep whatever becomes of the others, be they on disk or still waiting. Raises UserError
+        where another attempt has taken over.
         """
         if self._is_replaced():
             raise UserError(
@@ -60,13 +61,14 @@ class CheckpointWriter:
                 "(to run both, give each a --log_path of its own)"
             )
         with self._changed:
-            self._changed.wait_for(lambda: not self._waiting or self._waiting.checkpoint.step not in keep_also)
-            if self._waiting:
+            for old in [each for each in self._waiting if each.checkpoint.step not in keep_also]:
+                self._waiting.remove(old)
                 self._troubles.append(
-                    f"{self._folder}: the checkpoint of step {self._waiting.checkpoint.step} was left out, since the "
-                    f"disk still wrote an older one when that of step {checkpoint.step} came"
+                    f"{self._folder}: the checkpoint of step {old.checkpoint.step} was left out, since the disk still "
+                    f"wrote an older one when that of step {checkpoint.step} came"
                 )
-            self._waiting = self._newest = _Work(checkpoint, keep_also)
+            self._newest = _Work(checkpoint, keep_also)
+            self._waiting.append(self._newest)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="checkpoint")
                 self._thread.start()
@@ -76,6 +78,12 @@ class CheckpointWriter:
         with self._changed:
             troubles, self._troubles = self._troubles, []
         return troubles
+
+    def saved(self) -> list[int]:
+        """Whose steps' checkpoints have been written since the last call."""
+        with self._changed:
+            saved, self._saved = self._saved, []
+        return saved
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Waits until nothing is being written any more, and returns whether the newest checkpoint lies on disk."""
@@ -107,7 +115,7 @@ class CheckpointWriter:
     def _work(self) -> None:
         while True:
             with self._changed:
-                work, self._waiting = self._waiting, None
+                work = self._waiting.pop(0) if self._waiting else None
                 if work is None:
                     self._thread = None
                 self._changed.notify_all()
@@ -125,6 +133,7 @@ class CheckpointWriter:
             self._before()
             write_checkpoint(self._folder, work.checkpoint, self._is_replaced)
             with self._changed:
+                self._saved.append(work.checkpoint.step)
                 if self._newest is work:
                     self._newest = None
             failed = "older checkpoints could not be removed"

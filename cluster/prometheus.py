@@ -6,6 +6,7 @@ The endpoint listens on a free port unless one is asked for, and RUN/prometheus/
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -42,16 +43,22 @@ class Endpoint:
     target: Path
 
     def register(self) -> None:
-        """Enters the endpoint into Prometheus' target list."""
-        self.target.parent.mkdir(parents=True, exist_ok=True)
+        """Enters the endpoint into Prometheus' target list. Raises UserError where it cannot be written."""
         entry = [{"targets": [f"{self.address}:{self.port}"], "labels": {"job": "nsi"}}]
         temporary = self.target.with_suffix(".tmp")
-        temporary.write_text(json.dumps(entry))
-        temporary.rename(self.target)
+        try:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(entry))
+            temporary.rename(self.target)
+        except OSError as error:
+            raise UserError(
+                f"{self.target}: cannot be written ({error.strerror}); make room or choose another --log_path"
+            ) from None
 
     def deregister(self) -> None:
         """Takes the endpoint out of Prometheus' target list; do so before the process ends, or alerts fire."""
-        self.target.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a folder turned read-only; how the run ended matters more
+            self.target.unlink(missing_ok=True)
 
 
 def serve(world: World, run: Path, port: int) -> Endpoint:
@@ -109,7 +116,7 @@ def _sink(registry: CollectorRegistry, labels: dict[str, str]) -> Sink:
     bad_samples = counter("nsi_bad_samples", "Damaged scenes that --on_bad_sample skip passed over, of all ranks")
     overflows = counter("nsi_overflows", "Steps left out since fp16 gradients overflowed")
     nonfinite = counter("nsi_nonfinite_steps", "Steps left out since the loss or its gradient was no finite number")
-    saves = counter("nsi_checkpoints", "Checkpoints handed to the writer")
+    saves = counter("nsi_checkpoints", "Checkpoints that lie on disk")
     step_now = gauge("nsi_progress_steps", "Steps done since the run began, over all attempts")
     slowness = gauge("nsi_slowness_ratio", "This rank's own part of a step as a multiple of the median rank's")
     recall = gauge("nsi_validation_recall_at_5_ratio", "Validation retrieval R@5, mean of both directions")
@@ -128,7 +135,7 @@ def _sink(registry: CollectorRegistry, labels: dict[str, str]) -> Sink:
             slowness.set(event.facts["slowness"])
         elif event.kind == "bad_samples":
             bad_samples.inc(event.facts["count"])
-        elif event.kind == "checkpoint":
+        elif event.kind == "saved":
             saves.inc()
         elif event.kind == "storage":
             storage.inc()

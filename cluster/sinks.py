@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable
+import os
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ METRIC_KEYS = (
     "overflows",
     "loss_scale",
 )
+BOARD_CLOSE_S = 2.0  # curves are worth no long wait at a run's end
 
 
 def metrics_sink(path: Path, attempt: int, appender: Appender) -> Sink:
@@ -49,23 +53,28 @@ def validation_sink(path: Path, attempt: int, appender: Appender) -> Sink:
 
 
 class Board:
-    """TensorBoard's files of a run: scalars of logged steps and validations, and pictures.
+    """TensorBoard's file of an attempt: scalars of logged steps and validations, and pictures.
 
-    TensorBoard gives up for good when its disk is full once; then this does too, and says so.
+    TensorBoard's own writer makes steps wait when its disk is slow and gives up for good when it is full once. So its
+    records go through an appender; one of their own, since nothing else should wait for them.
     """
 
     def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a second of imports, for rank 0 alone
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard import summary  # a second of imports, for rank 0 alone
 
-        self._folder = folder
-        self._writer: Any = SummaryWriter(str(folder))
-        self._troubles: list[str] = []
+        self._protocol: Any = event_pb2
+        self._framed, self._summary = RecordWriter, summary
+        self._path = folder / f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._appender = Appender()
+        self._write(file_version="brain.Event:2")
 
     def __enter__(self) -> Board:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._try(lambda writer: writer.close())
+        self._appender.close(BOARD_CLOSE_S)
 
     def show(self, event: Event) -> None:
         """The sink."""
@@ -73,24 +82,18 @@ class Board:
         if group is not None:
             for name, value in event.facts.items():
                 if isinstance(value, (int, float)):
-                    self._try(lambda writer, n=name, v=value: writer.add_scalar(f"{group}/{n}", v, event.step))
+                    self._write(step=event.step, summary=self._summary.scalar(f"{group}/{name}", value))
 
     def picture(self, name: str, image_3HW: Any, step: int) -> None:
         """A picture of colours in [0, 1] or bytes."""
-        self._try(lambda writer: writer.add_image(name, image_3HW, step))
+        self._write(step=step, summary=self._summary.image(name, image_3HW, dataformats="CHW"))
 
     def troubles(self) -> list[str]:
         """What could not be written since the last call."""
-        troubles, self._troubles = self._troubles, []
-        return troubles
+        return self._appender.troubles()
 
-    def _try(self, write: Callable[[Any], None]) -> None:
-        if self._writer is None:
-            return
-        try:
-            write(self._writer)
-        except Exception as error:  # its thread hands on whatever stopped it
-            self._writer = None
-            self._troubles.append(
-                f"{self._folder}: cannot be written ({error}); TensorBoard gets no more of this attempt"
-            )
+    def _write(self, **content: Any) -> None:
+        record = io.BytesIO()
+        event = self._protocol.Event(wall_time=time.time(), **content)
+        self._framed(record).write(event.SerializeToString())
+        self._appender.append(self._path, record.getvalue())

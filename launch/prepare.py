@@ -117,17 +117,30 @@ def _shape(config: TrainConfig, rows: Split) -> SceneShape:
 
 
 def begin(config: TrainConfig, world: World, parts: Parts, started: float) -> Attempt | None:
-    """Rank 0, whose process `started` then, takes the attempt's number and writes down what is about to run."""
+    """Rank 0, whose process `started` then, takes the attempt's number and writes down what is about to run.
+
+    Raises UserError where the run folder cannot be written.
+    """
     if world.rank != 0:
         return None
     step = parts.restored.step if parts.restored else 0
     attempt = take_attempt(config.log_path / runfolder.ATTEMPTS, world.size, world.launcher, step, started)
     with contextlib.suppress(OSError):  # what stays takes some room, and is tried again after a checkpoint
         clear_leftovers(config.log_path / runfolder.CHECKPOINTS, attempt.number)
-    for mark in (runfolder.STOPPED, runfolder.STOP):
-        (config.log_path / mark).unlink(missing_ok=True)
-    (config.log_path / runfolder.RUNNING).write_text(f"{attempt.number}\n")
-    forget_endpoints(config.log_path)
+    try:
+        for mark in (runfolder.STOPPED, runfolder.STOP):
+            (config.log_path / mark).unlink(missing_ok=True)
+        (config.log_path / runfolder.RUNNING).write_text(f"{attempt.number}\n")
+        forget_endpoints(config.log_path)
+        _write_config(config, parts)
+    except OSError as error:
+        raise UserError(
+            f"{config.log_path}: cannot be written ({error.strerror or error}); make room, or choose another --log_path"
+        ) from None
+    return attempt
+
+
+def _write_config(config: TrainConfig, parts: Parts) -> None:
     manifest = parts.train.manifest
     content = {
         **record(config, manifest, manifest.vocabulary, parts.backbone, parts.backbone_hash, parts.model),
@@ -144,7 +157,6 @@ def begin(config: TrainConfig, world: World, parts: Parts, started: float) -> At
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=1))
     temporary.rename(path)
-    return attempt
 
 
 def record(

@@ -145,7 +145,7 @@ class Trainer:
                     slowness = self._means.watchdog.slowness()
                     slow = slowness.get(world.rank, 1.0)
                     self._log.emit(meter.event(now.step, lr, result, config, order, world.size, scale, slow))
-                    self._tell_of_trouble()
+                    self._tell_of_writing()
                     self._tell_of_stragglers(slowness)
                 if too_many:
                     self._stop_broken(batch, result)
@@ -157,6 +157,7 @@ class Trainer:
             self._save(at_the_end=True)
             with clock.spending("checkpoint"):
                 self.saver.finish()
+            self._tell_of_writing()
         finished = now.step >= total
         self._log.emit(self._log.instant("stop", {"finished": finished}))
         if not finished and self._means.world.rank == 0 and not stop.is_for_good:
@@ -198,8 +199,10 @@ class Trainer:
         self._log.emit(Event("validation", now.step, t0, self._clock.now(), figures))
         return figures
 
-    def _tell_of_trouble(self) -> None:
-        """What could not be written, to all who watch."""
+    def _tell_of_writing(self) -> None:
+        """What was written, and what could not be, to all who watch."""
+        for step in self.saver.saved():
+            self._log.emit(self._log.instant("saved", {"checkpoint": step}))
         board = self._means.board
         for text in (*self.saver.troubles(), *self._log.troubles(), *(board.troubles() if board else ())):
             self._log.emit(self._log.instant("storage", {"text": text}))
@@ -243,7 +246,7 @@ class Trainer:
             return
         with self._clock.spending("checkpoint"):
             self._hand_over()
-        self._tell_of_trouble()
+        self._tell_of_writing()
 
     def _hand_over(self) -> None:
         """Copies the state and gives it to the writer."""

@@ -21,10 +21,11 @@ ROOT = Path(__file__).parents[2]
 class Zygote:
     """The process that ranks are forked from."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, within: Sequence[str] = ()) -> None:
+        """`within`: a command that runs the command after it in its own process, elsewhere."""
         with log.open("w") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.chaos.zygote"],
+                [*within, sys.executable, "-m", "tests.chaos.zygote"],
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
                 stdin=subprocess.PIPE,
@@ -33,6 +34,7 @@ class Zygote:
                 text=True,
             )
         self._ask(None)
+        self.pid = self._process.pid
 
     def start(self, **request: Any) -> int:
         """Forks a rank (see zygote.py) and returns its process id."""
@@ -58,9 +60,9 @@ class Zygote:
 
 
 @contextlib.contextmanager
-def zygote(folder: Path) -> Iterator[Zygote]:
+def zygote(folder: Path, within: Sequence[str] = ()) -> Iterator[Zygote]:
     """A zygote for as long as the block lasts."""
-    made = Zygote(folder / "zygote.log")
+    made = Zygote(folder / "zygote.log", within)
     try:
         yield made
     finally:
