@@ -1,12 +1,13 @@
 # make demo · make test · make chaos · make check · make setup — each makes what it needs; nothing has to be installed
 # beforehand but git, make and Python 3.10 or newer with its venv module.
+# make cluster · make cluster-down — a Slurm cluster of four nodes on this machine, to play with.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test chaos check clean
+.PHONY: setup demo test chaos check clean cluster cluster-down
 
 setup: $(READY)
 
@@ -23,8 +24,16 @@ $(READY): pyproject.toml
 demo: setup
 	@$(BIN)/nsi demo demo
 
+# Slurm's packages where they may be installed. loadgroup: one worker for all that shares the Slurm cluster.
 test: setup
-	$(BIN)/pytest -n 2 --dist worksteal
+	@$(BIN)/python -m tests.slurm.cluster install
+	$(BIN)/pytest -n 2 --dist loadgroup
+
+cluster: setup
+	@$(BIN)/python -m tests.slurm.cluster up
+
+cluster-down: setup
+	@$(BIN)/python -m tests.slurm.cluster down
 
 chaos: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos

@@ -20,7 +20,9 @@ from cluster.clock import Clock, spent_since
 # start: from process start to the first step, with what was restored; steps: all since the last event of this kind.
 # bad_samples: damaged scenes that were passed over since the last event of this kind; storage: something that could not
 # be written; straggler: a rank that is slower than others; ended: by the watchdog, and how long it had stood still.
-Kind = Literal["start", "steps", "bad_samples", "validation", "checkpoint", "storage", "straggler", "ended", "stop"]
+Kind = Literal[
+    "start", "steps", "bad_samples", "validation", "checkpoint", "saved", "storage", "straggler", "ended", "stop"
+]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ VERBS = {
     "verify": ("launch.verify", "VerifyConfig", "check every byte of a folder of shards"),
     "plan": ("launch.plan", "PlanConfig", "what a run over these shards will need, before paying for it"),
     "doctor": ("launch.doctor", "DoctorConfig", "check the nodes of a job, or this machine, before it begins"),
+    "submit": ("launch.submit", "", "give a job to Slurm as sbatch does, checked, with the site's settings"),
     "features": ("launch.features", "FeaturesConfig", "store the backbone's features, so that training skips it"),
     "train": ("launch.train", "", "train on shards, alone or under any launcher"),
     "eval": ("launch.evaluate", "EvalConfig", "measure retrieval and object discovery of a run"),

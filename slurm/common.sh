@@ -54,8 +54,18 @@ if [[ ${NSI_INTERFACE:-} ]]; then
 fi
 mkdir -p logs || fail "$PWD/logs: cannot be made; submit from a folder that can be written"
 
+# When Slurm will end the job, for the trainer; older versions do not say.
+end="$(squeue --noheader --jobs="$job" --format=%e)"
+[[ $end != 20* ]] || export SLURM_JOB_END_TIME="${SLURM_JOB_END_TIME:-$(date -d "$end" +%s)}"
+
 state() {
     squeue --noheader --jobs="$job" --format=%T
+}
+
+# Whether this is still the job's newest start: on a node that was cut off a script lives on when Slurm has long begun
+# another elsewhere, and once the node is back must not put that one back into the queue.
+is_newest() {
+    [[ $(scontrol show job "$job" | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p') == "$restart" ]]
 }
 
 # Where ranks meet: on the first node, which is the one that runs this script. The port differs between jobs on a node
@@ -77,8 +87,7 @@ meet() {
 # srun for all ranks ($ranks) and for one process a node ($nodes).
 layout() {
     ranks=()
-    # A process a node has all its cores, bound to none.
-    nodes=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none)
+    nodes=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
     if ((${SLURM_GPUS_ON_NODE:-0} > 0)); then
         per_node="$SLURM_GPUS_ON_NODE"
         local tasks=$((per_node * SLURM_JOB_NUM_NODES))
@@ -149,7 +158,7 @@ unstage() {
 back_to_queue() {
     local most="${NSI_MAX_RESTARTS:-20}" nodes_out="${2:-}" before tries
     # Any other state is Slurm's to end or requeue; a requeue here would bring a cancelled job back.
-    [[ $(state) == RUNNING ]] || exit 1
+    is_newest && [[ $(state) == RUNNING ]] || exit 1
     ((restart < most)) || fail "$1, and it has come back $most times; set NSI_MAX_RESTARTS higher or submit again"
     echo "job $job: $1; back to the queue"
     unstage
