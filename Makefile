@@ -1,4 +1,4 @@
-# make demo · make test · make chaos · make check · make setup — each makes what it needs; nothing has to be installed
+# make demo · make test · make test-all · make chaos · make check · make setup — each makes what it needs; nothing has to be installed
 # beforehand but git, make and Python 3.10 or newer with its venv module.
 # make cluster · make cluster-down — a Slurm cluster of four nodes on this machine, to play with.
 
@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test chaos check clean cluster cluster-down
+.PHONY: setup demo test test-all chaos check clean cluster cluster-down
 
 setup: $(READY)
 
@@ -28,6 +28,11 @@ demo: setup
 test: setup
 	@$(BIN)/python -m tests.slurm.cluster install
 	$(BIN)/pytest -n 2 --dist loadgroup
+
+# And what takes too long for every day.
+test-all: setup
+	@$(BIN)/python -m tests.slurm.cluster install
+	$(BIN)/pytest -n 2 --dist loadgroup -m ""
 
 cluster: setup
 	@$(BIN)/python -m tests.slurm.cluster up

@@ -126,25 +126,18 @@ examine() {
     back_to_queue "left out $bad" "$bad"
 }
 
-# Copies a folder of shards to each node's own disk, where it stays until the script ends: `stage SHARDS`; the copy is
-# in $staged. Each file is read once and handed on from node to node.
+# Makes a folder of the job's own on each node's disk, $staged, which goes when the script ends.
 stage() {
-    local shards="$1" file alive
-    [[ -f $shards/manifest.json ]] || fail "NSI_STAGE=1: $shards is no folder of shards; use --cache_path for URLs"
+    local alive
     staged="$NSI_SCRATCH/nsi-$job"
-    # What jobs left that Slurm ended at once.
+    # What jobs left there that Slurm ended at once.
     if alive="$(squeue --noheader --user="$(id -un)" --format=%A)"; then
         # shellcheck disable=SC2016 # the nodes look into their own folders
         srun "${nodes[@]}" bash -c 'cd "$1" && for old in nsi-*; do
             [[ -O $old && " $2 " != *" ${old#nsi-} "* ]] && rm -rf "$old"; done; true' "$script" "$NSI_SCRATCH" "${alive//$'\n'/ }"
     fi
-    srun "${nodes[@]}" mkdir -p "$staged" || fail "$staged: cannot be made on all nodes; correct NSI_SCRATCH in $site"
     trap unstage EXIT
-    for file in "$shards"/*; do
-        [[ -f $file ]] || continue
-        sbcast --force --preserve "$file" "$staged/${file##*/}" ||
-            fail "$staged: the shards do not fit or cannot be written; see sbcast's error above"
-    done
+    srun "${nodes[@]}" mkdir -p "$staged" || fail "$staged: cannot be made on all nodes; correct NSI_SCRATCH in $site"
 }
 
 unstage() {

@@ -20,7 +20,7 @@ NSI_CONTAINER="${NSI_CONTAINER:-}" # apptainer exec --nv --bind /work /work/nsi.
 # The network interface between the nodes (`ip -brief address` lists them), where NCCL and gloo do not find it.
 NSI_INTERFACE="${NSI_INTERFACE:-}" # ib0
 
-# A folder on each node's own disk, for NSI_STAGE=1: shards are copied there before training and removed afterwards.
+# A folder on each node's own disk, for NSI_STAGE=1: shards in use are copied there, and removed when the job ends.
 NSI_SCRATCH="${NSI_SCRATCH:-}" # /local/scratch/$USER
 
 # Run at the start of each job.

@@ -51,7 +51,7 @@ def truth() -> list[float]:
 
 @pytest.mark.slow
 def test_any_change_of_world_and_stage(tmp_path: Path, truth: list[float]) -> None:
-    """From each world to every world, out of two stages and into two; in its own world and stage bit for bit."""
+    """To more ranks and to fewer, out of two stages and into two; in its own world and stage bit for bit."""
 
     def elsewhere(world: int, origins: tuple[int, ...]) -> list[dict]:
         return [
@@ -73,15 +73,14 @@ def test_any_change_of_world_and_stage(tmp_path: Path, truth: list[float]) -> No
                 assert each["losses"][0] == pytest.approx(truth[CUT], rel=1e-5), setting
                 assert each["losses"] == pytest.approx(truth[CUT:], rel=1e-5), setting
 
-    for world in WORLDS:  # each can go on from those before it, and at the end from those after it
+    for world in WORLDS:  # each can go on from those before it, and the smallest at the end from those after it
         own = [
             case
             for stage in STAGES
             for case in (whole(stage), first(tmp_path, world, stage), onward(tmp_path, stage, (world, stage)))
         ]
         check(world, own, elsewhere(world, WORLDS[:world]))
-    for world in WORLDS[:-1]:
-        check(world, [], elsewhere(world, WORLDS[world:]))
+    check(1, [], elsewhere(1, WORLDS[1:]))
 
 
 @pytest.mark.slow
