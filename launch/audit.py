@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import tyro
 
-from cluster.attempt import Attempt, is_superseded, read_attempts
-from cluster.goodput import goodput
-from cluster.ledger import Ledger, Standing, first_gap, lost_steps, read_ledger, standing_steps
+from cluster.checkpoints.attempt import Attempt, is_superseded, read_attempts
+from cluster.records.goodput import goodput
+from cluster.records.ledger import Ledger, Standing, first_gap, lost_steps, read_ledger, standing_steps
 from launch import runfolder
 from launch.progress import progress
 from nsi.errors import UserError

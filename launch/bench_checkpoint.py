@@ -19,13 +19,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cluster.checkpoint import Checkpoint, write_checkpoint
-from cluster.checkpoint_writer import CheckpointWriter
-from cluster.engine import Engine
-from cluster.engine_config import EngineConfig
+from cluster.checkpoints.checkpoint import Checkpoint, write_checkpoint
+from cluster.checkpoints.retention import Retention
+from cluster.checkpoints.writer import CheckpointWriter
+from cluster.engine.config import EngineConfig
+from cluster.engine.engine import Engine
+from cluster.engine.state import MOMENTS
 from cluster.processes import join, leave, use_gpus
-from cluster.retention import Retention
-from cluster.training_state import MOMENTS
 from cluster.world import find_world
 from launch.bench import ROUNDS, Comparison, compared, note, stopwatch
 from launch.bench_forms import FEATURES, IMAGES, PATCHES, timed

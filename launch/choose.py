@@ -9,9 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.attempt import is_superseded, read_attempts
-from cluster.checkpoint import Checkpoint, load_checkpoint, newest_verified, read_checkpoint, verify_checkpoint
-from cluster.checkpoint_folder import STATE, IsVoid, bring_back, checkpoint_path, look, survey
+from cluster.checkpoints.attempt import is_superseded, read_attempts
+from cluster.checkpoints.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    newest_verified,
+    read_checkpoint,
+    verify_checkpoint,
+)
+from cluster.checkpoints.folder import STATE, IsVoid, bring_back, checkpoint_path, look, survey
 from launch import runfolder
 from launch.config import TrainConfig
 from nsi.errors import UsageError, UserError

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cluster.engine_config import ZeroStage
+from cluster.engine.config import ZeroStage
 
 
 def compile_model(model: nn.Module, zero_stage: ZeroStage, warn: Callable[[str], None]) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from cluster.engine_config import EngineConfig
+from cluster.engine.config import EngineConfig
 from nsi.backbone import DCT
 from nsi.errors import UsageError, UserError
 from nsi.model import ModelConfig

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from cluster.events import Event, Sink
+from cluster.records.events import Event, Sink
 
 _ALWAYS = ("validation", "bad_samples", "storage", "straggler")  # shown besides steps, each time
 PLAIN_EVERY_S = 5.0  # at most one plain line in so many seconds

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster import node_checks
-from cluster.diagnosis import bad_nodes, diagnose, roster, silent, status
-from cluster.exchange import listen
-from cluster.findings import Findings, leave, read_all
-from cluster.within import within
+from cluster.nodes import checks as node_checks
+from cluster.nodes.diagnosis import bad_nodes, diagnose, roster, silent, status
+from cluster.nodes.exchange import listen
+from cluster.nodes.findings import Findings, leave, read_all
+from cluster.nodes.within import within
 from cluster.world import World, find_world, hosts
 from launch import runfolder
 from launch.doctor_text import to_lines
@@ -26,7 +26,9 @@ from nsi.errors import UsageError, UserError
 from shards.manifest import MANIFEST, parse_manifest
 from shards.reading.storage import Retries, open_storage
 
-BAD_NODES = "bad-nodes"  # in the report: the names, a line each, where the status is 3
+# In the report, for a batch script, which does not trust the status that it gets by way of srun.
+BAD_NODES = "bad-nodes"  # the names, a line each, where the status is 3
+HOPELESS = "hopeless"  # there where it is 1
 LEAST_SECONDS = 5.0
 # Shares of --seconds, by which torch is imported, all have come, all has been measured, all know the outcome.
 IMPORTED_BY, COME_BY, END_BY, LAST = 0.55, 0.6, 0.9, 0.98
@@ -157,7 +159,7 @@ def _together(
     try:
         if "versions" in mine.troubles:
             raise UserError(mine.troubles["versions"])
-        from cluster import meeting  # needs torch
+        from cluster.nodes import meeting  # needs torch
 
         opened, troubles = within(come_by - time.monotonic() + 3, {"store": lambda: meeting.open_store(world, come_by)})
         if troubles:
@@ -215,11 +217,12 @@ def _conclude(
     for line in to_lines(findings, problems, _places(config)):
         print(line)
     sys.stdout.flush()
-    if report and status(problems) == 3:
-        text = "".join(f"{node}\n" for node in bad_nodes(problems))
-        _, troubles = within(5.0, {"write": lambda: (report / BAD_NODES).write_text(text)})
+    if report and (found := status(problems)):
+        mark = report / (BAD_NODES if found == 3 else HOPELESS)
+        text = "".join(f"{node}\n" for node in bad_nodes(problems)) if found == 3 else ""
+        _, troubles = within(5.0, {"write": lambda: mark.write_text(text)})
         for trouble in troubles.values():
-            print(f"nsi doctor: {report / BAD_NODES}: cannot be written ({trouble})", file=sys.stderr)
+            print(f"nsi doctor: {mark}: cannot be written ({trouble})", file=sys.stderr)
     return status(problems)
 
 

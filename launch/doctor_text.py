@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from cluster.diagnosis import CHECKS, GB, Problem, bad_nodes, some, status
-from cluster.findings import Findings
+from cluster.nodes.diagnosis import CHECKS, GB, Problem, bad_nodes, some, status
+from cluster.nodes.findings import Findings
 
 _MB = 1e6
 

@@ -17,7 +17,7 @@ import torch
 import tyro
 from PIL import Image
 
-from cluster.checkpoint_folder import checkpoint_path
+from cluster.checkpoints.folder import checkpoint_path
 from cluster.processes import use_gpus
 from launch import runfolder
 from launch.build import make_backbone, make_model, standing_before

@@ -15,7 +15,7 @@ from typing import Any
 import tyro
 from safetensors.torch import save_file
 
-from cluster.checkpoint import Checkpoint
+from cluster.checkpoints.checkpoint import Checkpoint
 from cluster.durable import file_hash, sync
 from launch.choose import trained_checkpoint
 from launch.config import TrainConfig, from_json, to_json

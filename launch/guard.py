@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.appender import Appender
-from cluster.attempt import Attempt, is_replaced
-from cluster.beat import beat_path, write_beat
-from cluster.checkpoint_writer import CheckpointWriter
-from cluster.clock import Clock
-from cluster.events import EventLog
-from cluster.stop import StopRequest
-from cluster.watchdog import Watchdog
+from cluster.checkpoints.attempt import Attempt, is_replaced
+from cluster.checkpoints.writer import CheckpointWriter
+from cluster.records.appender import Appender
+from cluster.records.beat import beat_path, write_beat
+from cluster.records.clock import Clock
+from cluster.records.events import EventLog
+from cluster.watch.stop import StopRequest
+from cluster.watch.watchdog import Watchdog
 from cluster.world import World
 from launch import runfolder
 from launch.config import TrainConfig

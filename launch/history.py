@@ -6,8 +6,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from cluster.attempt import Attempt, is_superseded
-from cluster.goodput import goodput
+from cluster.checkpoints.attempt import Attempt, is_superseded
+from cluster.records.goodput import goodput
 from launch import runfolder
 from launch.runfolder import read_lines
 

@@ -24,8 +24,8 @@ import torch
 import tyro
 from safetensors.torch import save_file
 
-from cluster.checkpoint import Checkpoint, checkpoint_path, write_checkpoint
-from cluster.training_state import MOMENTS, TrainingState
+from cluster.checkpoints.checkpoint import Checkpoint, checkpoint_path, write_checkpoint
+from cluster.engine.state import MOMENTS, TrainingState
 from launch import runfolder
 from launch.build import make_model
 from launch.config import TrainConfig, flag_values

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from cluster.clock import Clock, spent_since
-from cluster.events import Event
-from cluster.loss_scale import LossScale
+from cluster.engine.loss_scale import LossScale
+from cluster.records.clock import Clock, spent_since
+from cluster.records.events import Event
 from launch.config import TrainConfig
 from launch.step import StepResult
 from shards.order import Order

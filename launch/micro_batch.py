@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from cluster.collectives import collect, together
-from cluster.engine_config import EngineConfig, read_deepspeed_config
+from cluster.engine.config import EngineConfig, read_deepspeed_config
 from cluster.world import World
 from launch.config import TrainConfig
 from launch.prepare import DEEPSPEED_CONFIG, Parts

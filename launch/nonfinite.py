@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from cluster.collectives import collect, share
-from cluster.engine import Engine
+from cluster.engine.engine import Engine
 from launch.step import Features, StepResult, StepSettings, features_of, forward, micro_batches
 from nsi.batch import Batch
 

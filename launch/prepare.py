@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from cluster.attempt import Attempt, take_attempt
-from cluster.checkpoint import Checkpoint
-from cluster.checkpoint_folder import clear_leftovers
-from cluster.engine import check_deepspeed_config
-from cluster.engine_config import precision_note
-from cluster.prometheus import forget_endpoints
+from cluster.checkpoints.attempt import Attempt, take_attempt
+from cluster.checkpoints.checkpoint import Checkpoint
+from cluster.checkpoints.folder import clear_leftovers
+from cluster.engine.config import precision_note
+from cluster.engine.engine import check_deepspeed_config
+from cluster.records.prometheus import forget_endpoints
 from cluster.world import World
 from launch import runfolder
 from launch.build import make_backbone, make_model, standing_before
@@ -128,8 +128,10 @@ def begin(config: TrainConfig, world: World, parts: Parts, started: float) -> At
     with contextlib.suppress(OSError):  # what stays takes some room, and is tried again after a checkpoint
         clear_leftovers(config.log_path / runfolder.CHECKPOINTS, attempt.number)
     try:
-        for mark in (runfolder.STOPPED, runfolder.STOP):
-            (config.log_path / mark).unlink(missing_ok=True)
+        (config.log_path / runfolder.STOPPED).unlink(missing_ok=True)
+        stop = config.log_path / runfolder.STOP
+        if stop.exists() and stop.stat().st_mtime < started:  # meant for an attempt before
+            stop.unlink()
         (config.log_path / runfolder.RUNNING).write_text(f"{attempt.number}\n")
         forget_endpoints(config.log_path)
         _write_config(config, parts)

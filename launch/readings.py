@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from cluster.collectives import collect, sum_over_ranks
-from cluster.ledger import LedgerWriter, Skipped
+from cluster.records.ledger import LedgerWriter, Skipped
 from nsi.batch import Batch
 from nsi.errors import UserError
 from shards.coverage import batch_digest

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import tyro
 
-from cluster.attempt import Attempt, read_attempts
+from cluster.checkpoints.attempt import Attempt, read_attempts
 from launch import runfolder
 from launch.history import UNKNOWN, attempt_rows, time_rows, when
 from launch.runfolder import standing_lines

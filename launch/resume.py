@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.checkpoint import Checkpoint, load_checkpoint
+from cluster.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from launch.config import TrainConfig, from_json, science, to_json
 from launch.schedule import Plateau
 from nsi.errors import UserError

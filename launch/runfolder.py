@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cluster.attempt import is_superseded, read_attempts
+from cluster.checkpoints.attempt import is_superseded, read_attempts
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from cluster.collectives import gather_rows, sum_over_ranks
-from cluster.engine import Engine
+from cluster.engine.engine import Engine
 from launch.config import LossConfig
 from nsi.batch import Batch
 from nsi.loss import Gather, Rows, contrastive_sum

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.partitions import Partition, chosen, explain, parse_kinds, parse_partitions
-from cluster.sbatch import Line, script_options, seconds, signal_lead, split_line, values, variable_options
+from cluster.nodes.partitions import Partition, chosen, explain, parse_kinds, parse_partitions
+from cluster.nodes.sbatch import Line, script_options, seconds, signal_lead, split_line, values, variable_options
 from launch.submit_checks import Finding, Job, findings, parse_arguments, port_findings
 from launch.submit_text import HELP, duration, told
 from nsi.errors import UserError

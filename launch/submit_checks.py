@@ -11,7 +11,7 @@ from os.path import exists, isdir  # a Path's own raise where one may not look
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.sbatch import most_ranks
+from cluster.nodes.sbatch import most_ranks
 from launch import runfolder
 from nsi.errors import UsageError, UserError
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cluster.stop import StopRequest
+from cluster.watch.stop import StopRequest
 
 if TYPE_CHECKING:
     from launch.config import TrainConfig

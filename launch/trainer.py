@@ -9,18 +9,18 @@ from typing import NoReturn
 
 import torch
 
-from cluster.attempt import Attempt, is_replaced, is_superseded, read_attempts
-from cluster.checkpoint import Checkpoint
-from cluster.checkpoint_writer import CheckpointWriter
-from cluster.clock import Clock
+from cluster.checkpoints.attempt import Attempt, is_replaced, is_superseded, read_attempts
+from cluster.checkpoints.checkpoint import Checkpoint
+from cluster.checkpoints.retention import Retention
+from cluster.checkpoints.writer import CheckpointWriter
 from cluster.collectives import any_rank, share
-from cluster.engine import Engine
-from cluster.events import Event, EventLog
-from cluster.ledger import LedgerWriter
-from cluster.retention import Retention
-from cluster.sinks import Board
-from cluster.stop import StopRequest
-from cluster.watchdog import Watchdog
+from cluster.engine.engine import Engine
+from cluster.records.clock import Clock
+from cluster.records.events import Event, EventLog
+from cluster.records.ledger import LedgerWriter
+from cluster.records.sinks import Board
+from cluster.watch.stop import StopRequest
+from cluster.watch.watchdog import Watchdog
 from cluster.world import World
 from launch import runfolder
 from launch.config import TrainConfig

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 
-from cluster.appender import Appender
-from cluster.clock import Clock, process_began
 from cluster.collectives import share, together
-from cluster.events import EventLog, Sink
-from cluster.ledger import LedgerWriter
 from cluster.processes import device_of, join, leave
-from cluster.prometheus import serve
-from cluster.sinks import Board, metrics_sink, validation_sink
-from cluster.stop import StopRequest, deadline
-from cluster.watchdog import watching
+from cluster.records.appender import Appender
+from cluster.records.clock import Clock, process_began
+from cluster.records.events import EventLog, Sink
+from cluster.records.ledger import LedgerWriter
+from cluster.records.prometheus import serve
+from cluster.records.sinks import Board, metrics_sink, validation_sink
+from cluster.watch.stop import StopRequest, deadline
+from cluster.watch.watchdog import watching
 from cluster.world import find_world
 from launch import runfolder
 from launch.choose import choose, load_chosen

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from cluster.collectives import collect, gather_rows, sum_over_ranks
-from cluster.engine import Engine
+from cluster.engine.engine import Engine
 from launch.step import StepSettings, features_of
 from nsi.backbone import Backbone
 from nsi.batch import Batch

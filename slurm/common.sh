@@ -41,6 +41,7 @@ elif [[ ${NSI_SITE:-} ]]; then
 fi
 
 python="${NSI_PYTHON:-$project/.venv/bin/python}"
+[[ ! ${NSI_CONTAINER:-} || ${NSI_PYTHON:-} ]] || python=python3 # the container's own
 if [[ ! ${NSI_CONTAINER:-} ]] && ! command -v "$python" >/dev/null; then
     [[ ! ${NSI_PYTHON:-} ]] || fail "NSI_PYTHON=$NSI_PYTHON: no such program; correct $site"
     python=python3 # a conda environment or a module that was active at sbatch
@@ -58,29 +59,33 @@ mkdir -p logs || fail "$PWD/logs: cannot be made; submit from a folder that can 
 end="$(squeue --noheader --jobs="$job" --format=%e)"
 [[ $end != 20* ]] || export SLURM_JOB_END_TIME="${SLURM_JOB_END_TIME:-$(date -d "$end" +%s)}"
 
-state() {
-    squeue --noheader --jobs="$job" --format=%T
-}
-
-# Whether this is still the job's newest start: on a node that was cut off a script lives on when Slurm has long begun
-# another elsewhere, and once the node is back must not put that one back into the queue.
-is_newest() {
-    [[ $(scontrol show job "$job" | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p') == "$restart" ]]
+# Slurm's record of the job in one line. A controller that restarts or is busy is asked again.
+record() {
+    local tries
+    for ((tries = 0; tries < 12; tries++)); do
+        scontrol show job --oneliner "$job" && return
+        sleep 5
+    done
+    return 1
 }
 
 # Where ranks meet: on the first node, which is the one that runs this script. The port differs between jobs on a node
 # and between a job's restarts (old sockets linger), and lies below the ephemeral range, where any other program may
 # hold it. One that somebody listens on is passed over.
 meet() {
-    local tries
     MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-    MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + restart) % 10000))
-    for ((tries = 0; tries < 100; tries++)); do
-        (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null || break
-        MASTER_PORT=$((20000 + (MASTER_PORT - 19900) % 10000))
-    done
+    MASTER_PORT="$(free_port $((SLURM_JOB_ID * 7 + restart)))"
     export MASTER_ADDR MASTER_PORT
     unset RANK WORLD_SIZE LOCAL_RANK # of a shell that was itself started by a launcher
+}
+
+free_port() {
+    local port=$((20000 + $1 % 10000)) tries
+    for ((tries = 0; tries < 100; tries++)); do
+        (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
+        port=$((20000 + (port - 19900) % 10000))
+    done
+    echo "$port"
 }
 
 # One task a GPU; without GPUs, the tasks that were asked for, or one a node. Sets per_node, cpus, and the options of
@@ -91,7 +96,8 @@ layout() {
     if ((${SLURM_GPUS_ON_NODE:-0} > 0)); then
         per_node="$SLURM_GPUS_ON_NODE"
         local tasks=$((per_node * SLURM_JOB_NUM_NODES))
-        ((${SLURM_GPUS:-$tasks} == tasks)) ||
+        local asked="${SLURM_GPUS:-$tasks}"
+        ((${asked##*:} == tasks)) ||
             fail "--gpus=$SLURM_GPUS is not the same on each node; ask with --gpus-per-node"
         # The GPUs by name: a step of an --exclusive job, which owns them without having asked, would else see none.
         ranks=(--ntasks="$tasks" --ntasks-per-node="$per_node" --gres="gpu:$per_node")
@@ -103,13 +109,18 @@ layout() {
         ranks=(--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
     fi
     # srun does not take over sbatch's --cpus-per-task, and would leave each rank a single core.
-    cpus="${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / per_node))}"
+    local least # cores of the smallest node: `72(x2),36` has 36
+    least="$(tr ',' '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1)"
+    cpus=$((least / per_node))
+    ((${SLURM_CPUS_PER_TASK:-$cpus} >= cpus)) || cpus="$SLURM_CPUS_PER_TASK"
     if ((cpus == 0)); then # fewer cores than GPUs: ranks share
         cpus=1
         ranks+=(--overcommit)
     fi
     ranks+=(--cpus-per-task="$cpus")
-    unset SLURM_CPUS_PER_GPU # counted in already; srun would weigh it against that
+    # Counted in already; srun would weigh them against what is asked for above, and show each task its share alone.
+    unset SLURM_CPUS_PER_GPU SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK SLURM_GPU_BIND SLURM_NTASKS_PER_GPU \
+        SLURM_TRES_PER_TASK SRUN_CPUS_PER_TASK
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cpus}" # where Slurm binds no cores, torch would take a whole node a rank
 }
 
@@ -119,17 +130,23 @@ examine() {
     local report="$1" bad
     shift
     [[ ${NSI_DOCTOR:-1} != 0 ]] || return 0
-    MASTER_PORT=$((MASTER_PORT + 1)) srun "${nodes[@]}" --export=ALL --kill-on-bad-exit=0 --wait=30 \
-        "${python[@]}" -m launch doctor --report "$report" "$@" && return 0
-    [[ -s $report/bad-nodes ]] || fail "the nodes were examined, and training would not work; see above"
-    bad="$(paste -sd, "$report/bad-nodes")"
-    back_to_queue "left out $bad" "$bad"
+    mkdir -p "$report" || fail "$report: cannot be written; choose another --log_path"
+    rm -f "$report/bad-nodes" "$report/hopeless" # job numbers come again when a site sets its Slurm up anew
+    MASTER_PORT="$(free_port $((MASTER_PORT + 1)))" srun "${nodes[@]}" --export=ALL --kill-on-bad-exit=0 --wait=30 \
+        "${python[@]}" -m launch doctor --seconds 240 --report "$report" "$@" && return 0
+    if [[ -s $report/bad-nodes ]]; then
+        bad="$(paste -sd, "$report/bad-nodes")"
+        back_to_queue "left out $bad" "$bad"
+    fi
+    # Slurm may have ended the examination, or not begun it, for reasons of its own.
+    [[ -f $report/hopeless ]] || back_to_queue "the nodes could not be examined"
+    fail "the nodes were examined, and training would not work; see above"
 }
 
 # Makes a folder of the job's own on each node's disk, $staged, which goes when the script ends.
 stage() {
     local alive
-    staged="$NSI_SCRATCH/nsi-$job"
+    staged="$NSI_SCRATCH/nsi-$SLURM_JOB_ID"
     # What jobs left there that Slurm ended at once.
     if alive="$(squeue --noheader --user="$(id -un)" --format=%A)"; then
         # shellcheck disable=SC2016 # the nodes look into their own folders
@@ -142,28 +159,40 @@ stage() {
 
 unstage() {
     trap - EXIT
-    [[ ! ${staged:-} ]] || srun "${nodes[@]}" rm -rf "$staged"
+    # A node that does not answer must not use up the time that is left; the next `stage` there sweeps.
+    [[ ! ${staged:-} ]] || timeout 20 srun "${nodes[@]}" rm -rf "$staged"
     staged=
 }
 
 # Ends this start of the job and queues it again: `back_to_queue REASON [NODES]`, without these nodes from now on. At
 # most NSI_MAX_RESTARTS times.
 back_to_queue() {
-    local most="${NSI_MAX_RESTARTS:-20}" nodes_out="${2:-}" before tries
-    # Any other state is Slurm's to end or requeue; a requeue here would bring a cancelled job back.
-    is_newest && [[ $(state) == RUNNING ]] || exit 1
+    local most="${NSI_MAX_RESTARTS:-20}" nodes_out="${2:-}" now before tries
+    # Slurm ends this script once the job is requeued, and the nodes can be left out only after that has begun.
+    trap '' TERM USR1
+    now="$(record)" || fail "$1, but slurmctld does not answer; submit the job again"
+    # Any other state is Slurm's to end or requeue. And on a node that was cut off a script lives on when Slurm has long
+    # begun another elsewhere; once the node is back it must not put that one into the queue.
+    if [[ "$now " != *" Restarts=$restart "* || "$now " != *" JobState=RUNNING "* ]]; then
+        echo "job $job: $1; Slurm has ended this start already"
+        exit 1
+    fi
     ((restart < most)) || fail "$1, and it has come back $most times; set NSI_MAX_RESTARTS higher or submit again"
     echo "job $job: $1; back to the queue"
     unstage
-    trap : TERM # Slurm ends this script now; the nodes can be left out only after that has begun
-    scontrol requeue "$job" || fail "job $job cannot be requeued; submit it again"
+    for ((tries = 0; tries < 6; tries++)); do
+        scontrol requeue "$job" && break
+        sleep 5
+    done
+    ((tries < 6)) || fail "job $job cannot be requeued; submit it again"
     if [[ $nodes_out ]]; then
-        before="$(scontrol show job "$job" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')"
+        before="$(sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p' <<<"$now")"
         [[ $before && $before != "(null)" ]] && nodes_out="$before,$nodes_out"
         for ((tries = 0; tries < 20; tries++)); do
             scontrol update JobId="$job" ExcNodeList="$nodes_out" && break
             sleep 0.2
         done
+        echo "job $job: should it wait for nodes that there are not: scontrol update JobId=$job ExcNodeList="
     fi
     exit 1
 }

@@ -42,7 +42,7 @@ def test_the_house_as_it_stands() -> None:
         ("cluster/world.py", "import shards.order"),
         ("nsi/noise.py", "import shards.order"),
         ("shards/decode.py", "import nsi.model"),
-        ("cluster/checkpoint.py", "import deepspeed"),
+        ("cluster/checkpoints/checkpoint.py", "import deepspeed"),
         ("launch/training.py", "import deepspeed"),
     ],
 )

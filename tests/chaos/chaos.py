@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.attempt import read_attempts
-from cluster.checkpoint import COMPLETE, newest_verified
-from cluster.goodput import goodput
-from cluster.ledger import read_ledger, standing_steps
+from cluster.checkpoints.attempt import read_attempts
+from cluster.checkpoints.checkpoint import COMPLETE, newest_verified
+from cluster.records.goodput import goodput
+from cluster.records.ledger import read_ledger, standing_steps
 from launch import runfolder
 from launch.runfolder import read_lines, standing_lines
 from tests.chaos.faults import CUT, FROZEN_S, STOPS, Fault, draw

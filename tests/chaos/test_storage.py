@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.attempt import read_attempts
-from cluster.goodput import goodput
+from cluster.checkpoints.attempt import read_attempts
+from cluster.records.goodput import goodput
 from launch import runfolder
 from launch.runfolder import read_lines
 from tests.chaos.chaos import ROWS, command, loss_difference

@@ -8,8 +8,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster.checkpoint import COMPLETE, newest_verified
-from cluster.prometheus import TARGETS
+from cluster.checkpoints.checkpoint import COMPLETE, newest_verified
+from cluster.records.prometheus import TARGETS
 from launch import runfolder
 from tests.chaos.chaos import LIFE_S, command
 from tests.chaos.world import RankProcesses, Zygote

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.appender import Appender
+from cluster.records.appender import Appender
 
 
 def test_lines_of_several_files_keep_their_order(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_short_write_is_finished_and_not_repeated(tmp_path: Path, monkeypatch:
             raise now
         return real(file, data if now is None else data[:now])
 
-    monkeypatch.setattr("cluster.appender.os.write", write)
+    monkeypatch.setattr("cluster.records.appender.os.write", write)
     appender = Appender(retry_s=0.01)
     appender.append(tmp_path / "lines.txt", b"first\n")
     appender.append(tmp_path / "lines.txt", b"second\n")
@@ -100,7 +100,7 @@ def test_lines_that_wait_go_in_one_write(tmp_path: Path, monkeypatch: pytest.Mon
         for name in ("a", "b"):
             appender.append(tmp_path / "folder" / name, f"{number}\n".encode())
     real, writes = os.write, []
-    monkeypatch.setattr("cluster.appender.os.write", lambda file, data: writes.append(data) or real(file, data))
+    monkeypatch.setattr("cluster.records.appender.os.write", lambda file, data: writes.append(data) or real(file, data))
     (tmp_path / "folder").unlink()
     assert appender.close() == 0
     assert [len(data.split()) for data in writes] == [100, 100]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from cluster.events import Event
-from cluster.sinks import Board
+from cluster.records.events import Event
+from cluster.records.sinks import Board
 
 
 def scalars(folder: Path, name: str) -> dict[int, float]:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster import checkpoint as module
-from cluster.attempt import Attempt, is_superseded
-from cluster.checkpoint import (
+from cluster.checkpoints import checkpoint as module
+from cluster.checkpoints.attempt import Attempt, is_superseded
+from cluster.checkpoints.checkpoint import (
     COMPLETE,
     MODEL,
     OPTIMIZER,
@@ -22,9 +22,9 @@ from cluster.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from cluster.checkpoint_folder import bring_back, clear_leftovers, prune
-from cluster.retention import Retention
-from cluster.training_state import TrainingState
+from cluster.checkpoints.folder import bring_back, clear_leftovers, prune
+from cluster.checkpoints.retention import Retention
+from cluster.engine.state import TrainingState
 from nsi.errors import UserError
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.checkpoint import STATE, Checkpoint, read_checkpoint, write_checkpoint
-from cluster.checkpoint_writer import CheckpointWriter
-from cluster.retention import Retention
-from cluster.training_state import MOMENTS, TrainingState
+from cluster.checkpoints.checkpoint import STATE, Checkpoint, read_checkpoint, write_checkpoint
+from cluster.checkpoints.retention import Retention
+from cluster.checkpoints.writer import CheckpointWriter
+from cluster.engine.state import MOMENTS, TrainingState
 from nsi.errors import UserError
 
 

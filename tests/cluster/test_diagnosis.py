@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from cluster.diagnosis import GPU_FREE_BYTES, Problem, bad_nodes, diagnose, roster, silent, slow_nodes, status
-from cluster.findings import Findings, Gpu
+from cluster.nodes.diagnosis import GPU_FREE_BYTES, Problem, bad_nodes, diagnose, roster, silent, slow_nodes, status
+from cluster.nodes.findings import Findings, Gpu
 
 FREE = Gpu("H100", 80 << 30, 1 << 29)
 WELL = Findings(

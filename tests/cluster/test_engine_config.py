@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.engine import check_deepspeed_config
-from cluster.engine_config import KNOWN_KEYS, EngineConfig, precision_note, read_deepspeed_config
+from cluster.engine.config import KNOWN_KEYS, EngineConfig, precision_note, read_deepspeed_config
+from cluster.engine.engine import check_deepspeed_config
 from nsi.errors import UserError
 
 OURS = Path(__file__).parents[2] / "launch" / "deepspeed.json"

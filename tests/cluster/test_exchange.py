@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.exchange import ROUNDS, best_speed, listen, partner
+from cluster.nodes.exchange import ROUNDS, best_speed, listen, partner
 
 HOME = "127.0.0.1"
 

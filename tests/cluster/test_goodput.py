@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.appender import Appender
-from cluster.attempt import Attempt
-from cluster.beat import beat_path, read_beat, write_beat
-from cluster.clock import Clock, process_began, spent_since
-from cluster.events import Event, EventLog
-from cluster.goodput import BUCKETS, goodput
+from cluster.checkpoints.attempt import Attempt
+from cluster.records.appender import Appender
+from cluster.records.beat import beat_path, read_beat, write_beat
+from cluster.records.clock import Clock, process_began, spent_since
+from cluster.records.events import Event, EventLog
+from cluster.records.goodput import BUCKETS, goodput
 
 
 class Hand:

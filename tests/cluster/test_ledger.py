@@ -11,9 +11,9 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.appender import Appender
-from cluster.attempt import Attempt, is_superseded
-from cluster.ledger import Damage, LedgerWriter, Skipped, first_gap, lost_steps, read_ledger, standing_steps
+from cluster.checkpoints.attempt import Attempt, is_superseded
+from cluster.records.appender import Appender
+from cluster.records.ledger import Damage, LedgerWriter, Skipped, first_gap, lost_steps, read_ledger, standing_steps
 from nsi.errors import UserError
 
 SKIPPED = Skipped(90, 3, "train-000001.tar", "scene_3", 'the JSON said {"first_step": 1} and "more"\nß')

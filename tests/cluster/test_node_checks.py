@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.findings import Findings, Gpu, from_json, leave, read_all, to_json
-from cluster.node_checks import (
+from cluster.nodes.checks import (
     check_host_name,
     file_bytes,
     gpus_asked,
@@ -20,7 +19,8 @@ from cluster.node_checks import (
     package_versions,
     scratch_free,
 )  # fmt: skip
-from cluster.within import within
+from cluster.nodes.findings import Findings, Gpu, from_json, leave, read_all, to_json
+from cluster.nodes.within import within
 from nsi.errors import UserError
 
 

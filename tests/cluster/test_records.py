@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.appender import Appender
-from cluster.attempt import is_replaced, is_superseded, read_attempts, take_attempt
-from cluster.clock import Clock
-from cluster.events import Event, EventLog
-from cluster.prometheus import LABELS, serve
-from cluster.sinks import METRIC_KEYS, metrics_sink, validation_sink
+from cluster.checkpoints.attempt import is_replaced, is_superseded, read_attempts, take_attempt
+from cluster.records.appender import Appender
+from cluster.records.clock import Clock
+from cluster.records.events import Event, EventLog
+from cluster.records.prometheus import LABELS, serve
+from cluster.records.sinks import METRIC_KEYS, metrics_sink, validation_sink
 from cluster.world import World
 from nsi.errors import UserError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.retention import Retention, kept_steps
+from cluster.checkpoints.retention import Retention, kept_steps
 
 HOUR = 3600.0
 

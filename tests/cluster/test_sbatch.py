@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.partitions import Kind, Partition, chosen, explain, parse_kinds, parse_partitions
-from cluster.sbatch import (
+from cluster.nodes.partitions import Kind, Partition, chosen, explain, parse_kinds, parse_partitions
+from cluster.nodes.sbatch import (
     most_ranks,
     node_range,
     parse_options,

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.stop import SIGNALS, SLURM_END, StopRequest, deadline
+from cluster.watch.stop import SIGNALS, SLURM_END, StopRequest, deadline
 
 SCRIPT = """
 import signal, sys, time
-from cluster.stop import ECHO_S, StopRequest
+from cluster.watch.stop import ECHO_S, StopRequest
 stop = StopRequest()
 signal.raise_signal({first})
 signal.raise_signal({first})

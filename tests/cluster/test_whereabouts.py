@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-from cluster.whereabouts import Beat, hang, slowness, where_is
+from cluster.watch.whereabouts import Beat, hang, slowness, where_is
 
 AT_WORK = Beat(0, "node01", 17, "step", 40, 0.5, "launch/step.py:80 (training_step)", "", 0.2)
 WAITING = replace(AT_WORK, collective="all_reduce", idle_s=61.0)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from cluster.attempt import Attempt, is_superseded
-from cluster.checkpoint import MODEL, Checkpoint, newest_verified, read_checkpoint, write_checkpoint
-from cluster.checkpoint_folder import COMPLETE, IsVoid, bring_back, checkpoint_path, clear_leftovers, prune
-from cluster.retention import Retention
-from cluster.training_state import MOMENTS, TrainingState
+from cluster.checkpoints.attempt import Attempt, is_superseded
+from cluster.checkpoints.checkpoint import MODEL, Checkpoint, newest_verified, read_checkpoint, write_checkpoint
+from cluster.checkpoints.folder import COMPLETE, IsVoid, bring_back, checkpoint_path, clear_leftovers, prune
+from cluster.checkpoints.retention import Retention
+from cluster.engine.state import MOMENTS, TrainingState
 
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "open"}
 KINDS = ("fresh", "unmarked", "damaged", "void", "standing", "orphaned")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.checkpoint import read_checkpoint, write_checkpoint
+from cluster.checkpoints.checkpoint import read_checkpoint, write_checkpoint
 from tests.gloo.problem import make_adam, make_model, one_process_loss
 from tests.gloo.worlds import run_world
 

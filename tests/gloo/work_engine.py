@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from problem import BETA, SEED, TAU, F, G, cut, make_batch, make_model
 
-from cluster.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from cluster.checkpoints.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from cluster.collectives import share
-from cluster.engine import Engine
-from cluster.engine_config import EngineConfig
-from cluster.loss_scale import LossScale
+from cluster.engine.config import EngineConfig
+from cluster.engine.engine import Engine
+from cluster.engine.loss_scale import LossScale
 from cluster.processes import join, leave
 from cluster.world import find_world
 from launch.config import LossConfig

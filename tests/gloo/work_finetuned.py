@@ -27,10 +27,10 @@ from problem import (
     train_finetuned,
 )
 
-from cluster.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from cluster.checkpoints.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from cluster.collectives import share
-from cluster.engine import Engine
-from cluster.engine_config import EngineConfig
+from cluster.engine.config import EngineConfig
+from cluster.engine.engine import Engine
 from cluster.processes import join, leave
 from cluster.world import find_world
 from launch.config import LossConfig

@@ -11,11 +11,11 @@ from problem import make_finetuned
 from torch import nn
 
 from cluster.collectives import share
-from cluster.engine import Engine
-from cluster.engine_config import EngineConfig
-from cluster.gathering import gather_flat
+from cluster.engine.config import EngineConfig
+from cluster.engine.engine import Engine
+from cluster.engine.gathering import gather_flat
+from cluster.engine.state import MOMENTS, TrainingState
 from cluster.processes import join, leave
-from cluster.training_state import MOMENTS, TrainingState
 from cluster.world import find_world
 from launch.prepare import DEEPSPEED_CONFIG
 

@@ -5,11 +5,11 @@ import signal
 import sys
 import time
 
-from cluster.clock import Clock
 from cluster.collectives import any_rank
 from cluster.processes import join
-from cluster.stop import StopRequest
-from cluster.watchdog import watching
+from cluster.records.clock import Clock
+from cluster.watch.stop import StopRequest
+from cluster.watch.watchdog import watching
 from cluster.world import find_world
 from launch.guard import Guard
 from launch.train import parse

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from cluster.clock import Clock
 from cluster.collectives import any_rank
 from cluster.processes import join, leave
-from cluster.watchdog import Watchdog, watching
+from cluster.records.clock import Clock
+from cluster.watch.watchdog import Watchdog, watching
 from cluster.world import find_world
 
 out, what, faulty, stacks = sys.argv[1:]

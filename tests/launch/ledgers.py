@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import xxhash
 
-from cluster.appender import Appender
-from cluster.attempt import take_attempt
-from cluster.ledger import LedgerWriter, Skipped
+from cluster.checkpoints.attempt import take_attempt
+from cluster.records.appender import Appender
+from cluster.records.ledger import LedgerWriter, Skipped
 from launch import runfolder
 from launch.audit import AuditConfig, run
 from nsi.errors import UserError

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from cluster.appender import Appender
-from cluster.ledger import LedgerWriter, Skipped
+from cluster.records.appender import Appender
+from cluster.records.ledger import LedgerWriter, Skipped
 from launch import cli, runfolder
 from launch.audit import AuditConfig, run
 from nsi.errors import UserError

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.appender import Appender
-from cluster.attempt import read_attempts
-from cluster.ledger import Entry, LedgerWriter, read_ledger, standing_steps
+from cluster.checkpoints.attempt import read_attempts
+from cluster.records.appender import Appender
+from cluster.records.ledger import Entry, LedgerWriter, read_ledger, standing_steps
 from tests.launch.ledgers import BATCH, Trained, begin, fault, proof, read_samples
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.appender import Appender
-from cluster.attempt import read_attempts
-from cluster.checkpoint import COMPLETE
-from cluster.ledger import Entry, LedgerWriter, read_ledger
+from cluster.checkpoints.attempt import read_attempts
+from cluster.checkpoints.checkpoint import COMPLETE
+from cluster.records.appender import Appender
+from cluster.records.ledger import Entry, LedgerWriter, read_ledger
 from launch.runfolder import read_lines
 from tests.launch.outside import done, nsi, refused
 from tests.launch.test_training import BIN, ROOT, SMALL, call, environment

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from cluster.checkpoint_folder import COMPLETE, STATE, checkpoint_path
+from cluster.checkpoints.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from cluster.checkpoints.folder import COMPLETE, STATE, checkpoint_path
 from launch.choose import Choice, choose, load_chosen
 from nsi.errors import UserError
 from tests.launch.prepared import prepared
@@ -81,7 +81,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(
 
 def test_a_newer_format(shards: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = read_checkpoint(checkpoint_path(run / "checkpoints", 2))
-    monkeypatch.setattr("cluster.checkpoint.FORMAT", 2)
+    monkeypatch.setattr("cluster.checkpoints.checkpoint.FORMAT", 2)
     write_checkpoint(run / "checkpoints", Checkpoint(4, 1, checkpoint.training, checkpoint.facts))
     monkeypatch.undo()
     assert refused(shards, run).endswith("format 2, but this version reads 1; upgrade the program")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cluster.findings import Findings, to_json
+from cluster.nodes.findings import Findings, to_json
 from tests.gloo.worlds import environment, free_port
 from tests.launch.outside import done, nsi, refused
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cluster.checkpoint import read_checkpoint, write_checkpoint
-from cluster.checkpoint_folder import checkpoint_path
+from cluster.checkpoints.checkpoint import read_checkpoint, write_checkpoint
+from cluster.checkpoints.folder import checkpoint_path
 from launch.build import make_backbone, make_model, standing_before
 from launch.cli import run as nsi
 from launch.config import TrainConfig, from_json

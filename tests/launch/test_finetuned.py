@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.checkpoint import read_checkpoint
+from cluster.checkpoints.checkpoint import read_checkpoint
 from launch import cli
 from launch.build import make_backbone, make_model
 from launch.config import TrainConfig, check, from_json

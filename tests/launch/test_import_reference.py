@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster.checkpoint import read_checkpoint
+from cluster.checkpoints.checkpoint import read_checkpoint
 from launch import cli
 from launch.build import make_backbone, make_model
 from launch.config import TrainConfig, from_json

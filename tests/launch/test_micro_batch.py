@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from cluster.engine_config import EngineConfig
+from cluster.engine.config import EngineConfig
 from launch.config import LossConfig
 from launch.micro_batch import fitting_rows, made_up_batch, reserved_bytes
 from launch.step import StepSettings

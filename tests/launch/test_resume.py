@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.checkpoint import Checkpoint, write_checkpoint
-from cluster.training_state import MOMENTS, TrainingState
+from cluster.checkpoints.checkpoint import Checkpoint, write_checkpoint
+from cluster.engine.state import MOMENTS, TrainingState
 from launch.build import make_backbone
 from launch.config import BackboneConfig, TrainConfig
 from launch.prepare import Parts

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.attempt import read_attempts
-from cluster.ledger import read_ledger
+from cluster.checkpoints.attempt import read_attempts
+from cluster.records.ledger import read_ledger
 from tests.launch.test_training import BIN, losses, train
 
 # Small and even: rounding grows past 1e-5 at larger rates, in any two equal trainings.

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.partitions import Partition
-from cluster.sbatch import split_line
+from cluster.nodes.partitions import Partition
+from cluster.nodes.sbatch import split_line
 from launch import runfolder
 from launch.submit import merging, time_findings
 from launch.submit_checks import port_findings, unwritable

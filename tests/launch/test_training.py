@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.attempt import take_attempt
-from cluster.checkpoint import COMPLETE, MODEL, newest_verified, read_checkpoint
+from cluster.checkpoints.attempt import take_attempt
+from cluster.checkpoints.checkpoint import COMPLETE, MODEL, newest_verified, read_checkpoint
 from launch.runfolder import read_lines, standing_lines
 from shards.manifest import read_manifest
 from tests.gloo.worlds import free_port

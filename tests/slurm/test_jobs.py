@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.events import Event
-from cluster.prometheus import serve
+from cluster.records.events import Event
+from cluster.records.prometheus import serve
 from cluster.world import World
 from tests.launch.outside import contents, done, nsi
 from tests.slurm.cluster.commands import Cluster

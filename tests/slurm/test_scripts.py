@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.events import Event
-from cluster.prometheus import serve
+from cluster.records.events import Event
+from cluster.records.prometheus import serve
 from cluster.world import World
 
 SLURM = Path(__file__).parents[2] / "slurm"

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import faults, nodes
+from tests.slurm.cluster.bringup import start_slurmctld
 from tests.slurm.cluster.commands import Cluster
 from tests.slurm.cluster.nodes import PROJECT
+from tests.slurm.cluster.processes import wait_until
 from tests.slurm.training import EVERY, SCRIPT, STEPS, attempts, losses, proven, start
 
 pytestmark = pytest.mark.slow
@@ -166,7 +168,7 @@ def test_a_rank_is_killed(cluster, tmp_path, shards, truth, table, capsys) -> No
 
 
 def test_nobody_notices_that_slurmctld_restarts(cluster, tmp_path, shards, truth, table, capsys) -> None:
-    training = start(cluster, tmp_path, shards, "--nodes=2")
+    training = start(cluster, tmp_path, shards, "--nodes=2", "--ntasks-per-node=1", "--gpus-per-task=1")
     training.wait_for_step(5)
     fault = time.monotonic()
     faults.restart_slurmctld(cluster)
@@ -212,7 +214,7 @@ def test_a_bad_node_is_named_and_left_out(apart, tmp_path, shards, truth, capsys
 @pytest.mark.parametrize("launcher", ["deepspeed", "pdsh", pytest.param("torchrun", marks=pytest.mark.long)])
 def test_other_launchers_save_and_come_back(cluster, tmp_path, shards, truth, capsys, launcher: str) -> None:
     training = start(
-        cluster, tmp_path, shards, "--nodes=2", "--ntasks-per-node=2", environment={"NSI_LAUNCHER": launcher}
+        cluster, tmp_path, shards, "--nodes=2", "--gpus-per-node=2", environment={"NSI_LAUNCHER": launcher}
     )
     training.wait_for_step(5)
     cluster.run(["scancel", "--batch", "--signal=USR1", str(training.job)])
@@ -225,7 +227,7 @@ def test_other_launchers_save_and_come_back(cluster, tmp_path, shards, truth, ca
 def test_shards_are_staged_and_removed(cluster, tmp_path, shards, truth, capsys) -> None:
     scratch = cluster.place.scratch
     environment = {"NSI_STAGE": "1", "NSI_SCRATCH": str(scratch)}
-    training = start(cluster, tmp_path, shards, "--nodes=2", environment=environment)
+    training = start(cluster, tmp_path, shards, "--nodes=2", "--gpus-per-node=2", environment=environment)
     training.wait_for_step(1)
     copies = {
         path.name: path.read_bytes()
@@ -255,6 +257,35 @@ def test_what_is_wrong_is_said_in_one_line(cluster, tmp_path, options, environme
     [line] = [each for each in cluster.output(training.job).splitlines() if "slurmstepd" not in each]
     assert line.startswith("train.sbatch: ")
     assert said in line
+
+
+def test_asked_to_stop_before_training_began_it_comes_back(cluster, tmp_path, shards) -> None:
+    training = start(cluster, tmp_path, shards, "--nodes=1")
+    cluster.wait_for(lambda: (training.run / "doctor").is_dir(), 60, "the nodes are being examined")
+    cluster.run(["scancel", "--batch", "--signal=USR1", str(training.job)])
+    training.wait_for_end(restarts=1)
+    assert "asked to stop before training began; back to the queue" in cluster.output(training.job)
+
+
+def test_asked_to_stop_while_nobody_schedules_it_comes_back(cluster, tmp_path, shards, truth, capsys) -> None:
+    training = start(cluster, tmp_path, shards, "--nodes=2")
+    training.wait_for_step(5)
+    faults.stop_slurmctld(cluster)
+    (training.run / "stop").write_text("requeue")
+    wait_until((training.run / "stopped").exists, 60, training.story)
+    time.sleep(3)  # in which the script finds nobody
+    start_slurmctld(cluster.place)
+    training.wait_for_end(restarts=1)
+    proven(training, truth, capsys)
+
+
+def test_cancelled_it_ends_for_good(cluster, tmp_path, shards) -> None:
+    training = start(cluster, tmp_path, shards, "--nodes=2", flags=("--max_steps", "100000"))
+    training.wait_for_step(EVERY + 3)
+    cluster.run(["scancel", str(training.job)])
+    cluster.wait_for_state(training.job, "CANCELLED")
+    print(training.story())
+    print(sorted(path.name for path in (training.run / "checkpoints").iterdir()), training.step)
 
 
 def test_without_its_folders_it_says_so(cluster, tmp_path) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
-from cluster.loss_scale import GOOD_STEPS_TO_DOUBLE, LOWEST, START
+from cluster.engine.loss_scale import GOOD_STEPS_TO_DOUBLE, LOWEST, START
 from nsi.errors import UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from cluster.clip import clip_apart
-from cluster.engine_config import (
+from cluster.engine.clip import clip_apart
+from cluster.engine.config import (
     EngineConfig,
     Precision,
     check_keys,
@@ -25,10 +25,10 @@ from cluster.engine_config import (
     first_trouble,
     read_deepspeed_config,
 )
-from cluster.gathering import gather_state
-from cluster.loss_scale import GOOD_STEPS_TO_DOUBLE, LOWEST, LossScale, read_loss_scale, write_loss_scale
+from cluster.engine.gathering import gather_state
+from cluster.engine.loss_scale import GOOD_STEPS_TO_DOUBLE, LOWEST, LossScale, read_loss_scale, write_loss_scale
+from cluster.engine.state import MOMENTS, TrainingState
 from cluster.processes import use_gpus
-from cluster.training_state import MOMENTS, TrainingState
 from nsi.errors import UserError
 
 

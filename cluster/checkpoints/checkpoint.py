@@ -7,7 +7,7 @@
         complete.json           the success mark, written last: sha256 of each of the three
 
 A checkpoint is written under a temporary name, synced, renamed, then marked; what had its name before is moved aside
-until then (cluster/checkpoint_folder.py). One without the mark, or whose bytes do not have the marked checksums, is
+until then (cluster/checkpoints/folder.py). One without the mark, or whose bytes do not have the marked checksums, is
 passed over with a warning.
 """
 
@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cluster.checkpoint_folder import (
+from cluster.checkpoints.folder import (
     COMPLETE,
     STATE,
     IsVoid,
@@ -35,8 +35,8 @@ from cluster.checkpoint_folder import (
     temporary_path,
 )
 from cluster.durable import file_hash, sync
-from cluster.loss_scale import LossScale
-from cluster.training_state import MOMENTS, TrainingState
+from cluster.engine.loss_scale import LossScale
+from cluster.engine.state import MOMENTS, TrainingState
 from nsi.errors import UserError
 
 FORMAT = 1

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cluster.findings import Findings, Gpu
-from cluster.within import NO_ANSWER
+from cluster.nodes.findings import Findings, Gpu
+from cluster.nodes.within import NO_ANSWER
 
 CHECKS = ("nodes", "versions", "gpus", "interface", "data", "weights", "log_path", "scratch", "clock", "network")
 CLOCK_WARN_S, CLOCK_BAD_S = 2.0, 30.0

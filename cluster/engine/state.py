@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cluster.loss_scale import LossScale
+from cluster.engine.loss_scale import LossScale
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

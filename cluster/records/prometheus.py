@@ -15,7 +15,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
-from cluster.events import Event, Sink
+from cluster.records.events import Event, Sink
 from cluster.world import World
 from nsi.errors import UserError
 

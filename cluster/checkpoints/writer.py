@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cluster.checkpoint import Checkpoint, write_checkpoint
-from cluster.checkpoint_folder import IsVoid, prune
-from cluster.retention import Retention
+from cluster.checkpoints.checkpoint import Checkpoint, write_checkpoint
+from cluster.checkpoints.folder import IsVoid, prune
+from cluster.checkpoints.retention import Retention
 from nsi.errors import UserError
 
 

@@ -25,9 +25,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cluster.clock import Clock
 from cluster.collectives import share
-from cluster.whereabouts import Beat, hang, slowness, where_is
+from cluster.records.clock import Clock
+from cluster.watch.whereabouts import Beat, hang, slowness, where_is
 from cluster.world import World
 from nsi.errors import UserError
 

@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from cluster.clock import Clock
+from cluster.records.clock import Clock
 
 _SIZE = 512  # the file keeps its length, so that one write replaces all of it
 

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.appender import Appender
-from cluster.clock import Clock, spent_since
+from cluster.records.appender import Appender
+from cluster.records.clock import Clock, spent_since
 
 # start: from process start to the first step, with what was restored; steps: all since the last event of this kind.
 # bad_samples: damaged scenes that were passed over since the last event of this kind; storage: something that could not
@@ -34,7 +34,7 @@ class Event:
     t0: float
     t1: float
     facts: dict[str, Any] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)  # by bucket (cluster/clock.py), since the event before
+    seconds: dict[str, float] = field(default_factory=dict)  # by bucket (clock.py), since the event before
 
 
 Sink = Callable[[Event], None]

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cluster.diagnosis import silent, slow_nodes
-from cluster.exchange import best_speed
-from cluster.findings import Findings, from_json, to_json
+from cluster.nodes.diagnosis import silent, slow_nodes
+from cluster.nodes.exchange import best_speed
+from cluster.nodes.findings import Findings, from_json, to_json
+from cluster.nodes.within import within
 from cluster.processes import use_gpus
-from cluster.within import within
 from cluster.world import World
 from nsi.errors import UserError
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.sbatch import seconds
+from cluster.nodes.sbatch import seconds
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from cluster.appender import Appender
-from cluster.attempt import Attempt, is_superseded
+from cluster.checkpoints.attempt import Attempt, is_superseded
+from cluster.records.appender import Appender
 from nsi.errors import UserError
 
 _WRAP = (1 << 64) - 1

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-from cluster.findings import Gpu
+from cluster.nodes.findings import Gpu
 from nsi.errors import UserError
 
 PACKAGES = ("torch", "timm", "deepspeed", "webdataset", "h5py", "accelerate", "prometheus-client", "numpy")
@@ -161,6 +161,7 @@ def scratch_free(folder: Path) -> int:
     """Free bytes of a scratch folder that can be written. Raises UserError where it cannot."""
     help_ = "correct NSI_SCRATCH in slurm/site.sh, or leave it out"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(1 << 16))
             os.fsync(file.fileno())

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.appender import Appender
-from cluster.events import Event, Sink, without_nan
+from cluster.records.appender import Appender
+from cluster.records.events import Event, Sink, without_nan
 
 METRIC_KEYS = (
     "epoch",

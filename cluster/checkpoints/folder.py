@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.retention import Retention, kept_steps
+from cluster.checkpoints.retention import Retention, kept_steps
 
 STATE, COMPLETE = "state.json", "complete.json"
 _NAME = re.compile(r"step-\d{8,}")

@@ -1,6 +1,6 @@
 """Goodput: where the wall time of a run went, over all its attempts, every second in exactly one bucket.
 
-The buckets are those of cluster/clock.py and three that no clock can know:
+The buckets are those of cluster/records/clock.py and three that no clock can know:
 
     queue       nobody trained: before an attempt began and after the one before it was last alive
     replayed    spent on steps that a later attempt did anew
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.attempt import Attempt
-from cluster.beat import beat_path, read_beat
+from cluster.checkpoints.attempt import Attempt
+from cluster.records.beat import beat_path, read_beat
 
 BUCKETS: tuple[str, ...] = ("queue", "start", "restore", "data_wait", "step", "checkpoint", "eval", "replayed", "hang")
 _ONCE = ("start", "restore", "hang")  # not to be replayed: they belong to their attempt, whatever became of its steps

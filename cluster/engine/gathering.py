@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cluster.training_state import MOMENTS
+from cluster.engine.state import MOMENTS
 
 AT_ONCE = 1 << 24  # elements that rank 0's device holds of all ranks together: 64 MiB
 
