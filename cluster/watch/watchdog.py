@@ -209,9 +209,21 @@ class Watchdog:
         where = self._write_stacks()
         with contextlib.suppress(Exception):  # whatever happens, the process ends
             self._farewell(reason)
+        self._let_them_hear()
         told = f" (rank {self._world.rank}, told by {found_by})" if found_by else ""
         print(f"nsi train: {reason}{told}; the stacks are in {where}", file=sys.stderr, flush=True)
         os._exit(1)
+
+    def _let_them_hear(self) -> None:
+        """Waits a moment for the others to hang up. To leave with words of theirs unread would reset the connection, and
+        take our last words from them."""
+        end = time.monotonic() + FAREWELL_S
+        for link in self._links.values():
+            with contextlib.suppress(OSError):
+                link.socket.shutdown(socket.SHUT_WR)
+                link.socket.settimeout(max(0.0, end - time.monotonic()))
+                while link.socket.recv(1 << 16):
+                    link.socket.settimeout(max(0.0, end - time.monotonic()))
 
     def _write_stacks(self) -> str:
         path = self._stacks() / f"rank-{self._world.rank:05d}.txt"
