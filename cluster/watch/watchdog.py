@@ -215,8 +215,8 @@ class Watchdog:
         os._exit(1)
 
     def _let_them_hear(self) -> None:
-        """Waits a moment for the others to hang up. To leave with words of theirs unread would reset the connection, and
-        take our last words from them."""
+        """Waits a moment for the others to hang up. To leave with words of theirs unread would reset the connection,
+        and take our last words from them."""
         end = time.monotonic() + FAREWELL_S
         for link in self._links.values():
             with contextlib.suppress(OSError):

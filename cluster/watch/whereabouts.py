@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 _ROOMS = tuple(f"{PROJECT / room}/" for room in ("launch", "nsi", "shards", "cluster"))
 _COLLECTIVES = "distributed_c10d.py"  # the file of torch that has all of them
 _BEFORE_STEPS = 3  # a rank may take so many times as long to start as to do a step
