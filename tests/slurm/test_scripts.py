@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -133,3 +134,31 @@ def test_promtool_finds_the_metrics_well_named(tmp_path: Path) -> None:
         text = answer.read()
     checked = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, check=False)
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_a_port_that_somebody_listens_on_is_passed_over() -> None:
+    """By the script, before ranks meet there."""
+    text = (SLURM / "common.sh").read_text()
+    body = text[text.index("free_port() {") :]
+    function = body[: body.index("\n}\n") + 3]
+
+    def chosen(number: int) -> int:
+        ran = subprocess.run(
+            ["bash", "-c", f"{function}free_port {number}"], capture_output=True, text=True, check=True
+        )
+        return int(ran.stdout)
+
+    # One that is free here; somebody might take it between two lines, so more than one is tried.
+    for number in range(4321, 4421):
+        with socket.socket() as taken:
+            try:
+                taken.bind(("127.0.0.1", 20000 + number))
+            except OSError:
+                continue
+            assert chosen(number) == 20000 + number  # bound, and nobody listens
+            taken.listen()
+            found = chosen(number)
+            assert 20000 <= found < 30000
+            assert found != 20000 + number
+            return
+    raise AssertionError("not one free port of a hundred")
