@@ -63,7 +63,7 @@ end="$(squeue --noheader --jobs="$job" --format=%e)"
 record() {
     local tries
     for ((tries = 0; tries < 12; tries++)); do
-        scontrol show job --oneliner "$job" && return
+        scontrol show job --oneliner "$job" && return 0 # by a trap, a bare return has the status before the signal
         sleep 5
     done
     return 1

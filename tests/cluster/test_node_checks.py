@@ -120,8 +120,10 @@ def test_marks_have_names_of_their_own(tmp_path: Path) -> None:
 def test_scratch(tmp_path: Path) -> None:
     assert scratch_free(tmp_path) > 0
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match="none: cannot be written .*correct NSI_SCRATCH"):
-        scratch_free(tmp_path / "none")
+    assert scratch_free(tmp_path / "mine") > 0  # made where it is missing
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file: cannot be written .*correct NSI_SCRATCH"):
+        scratch_free(tmp_path / "file")
 
 
 def test_weights(tmp_path: Path) -> None:

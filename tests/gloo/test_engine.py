@@ -52,7 +52,9 @@ def test_every_stage_trains_as_one_process(tmp_path: Path, truth: dict, size: in
 OPTIONS = {"learned_tau": True, "slot_start": "learned", "bilevel": True, "activation": "silu"}
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "size", [1, pytest.param(2, marks=pytest.mark.long), 3, pytest.param(4, marks=pytest.mark.long)]
+)
 def test_every_stage_has_the_one_process_gradient(tmp_path: Path, size: int) -> None:
     """Before any step is taken: each parameter's gradient as DeepSpeed has it, all stages, whole and micro-batches."""
     kinds = [{"dropout": 0.0, "options": {}}, {"dropout": 0.3, "options": OPTIONS}]
@@ -89,7 +91,7 @@ def test_state_moves_between_worlds_stages_and_precisions(tmp_path: Path, truth:
         assert from_bf16["losses"] == pytest.approx(truth["losses"][STEPS // 2 :], rel=0.05)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_resuming_in_the_same_world_is_bit_for_bit(tmp_path: Path, precision: str) -> None:
     plan = []
     for stage in STAGES:
@@ -110,6 +112,7 @@ def test_resuming_in_the_same_world_is_bit_for_bit(tmp_path: Path, precision: st
 BAND = {"bf16": 0.01, "fp16": 0.01}  # of the float32 loss, in the mean of 20 steps
 
 
+@pytest.mark.long
 def test_200_steps_in_half_precision_track_float32_at_every_stage(tmp_path: Path) -> None:
     # At larger rates any two trainings part (two in fp16 by 5 %), be their difference as small as it may.
     gently = {"steps": 200, "lr": 3e-4, "loss_scale": 2.0**12}

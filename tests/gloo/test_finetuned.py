@@ -72,6 +72,7 @@ def test_what_is_trained(truths: dict[str, Trained]) -> None:
     assert "backbone.model.fc_norm.weight" not in truths[OTHER_VIT].changes
 
 
+@pytest.mark.long
 def test_every_stage_has_the_one_process_gradient(tmp_path: Path) -> None:
     plan = [case(stage, micro_rows=rows, steps=0, compare="gradients") for rows in (0, 1) for stage in STAGES]
     for setting, each in zip(plan, run_world("work_finetuned.py", 3, tmp_path, json.dumps(plan))[0], strict=True):
@@ -102,6 +103,7 @@ def test_a_trained_backbone_moves_between_worlds_and_stages(tmp_path: Path, trut
         assert each["losses"] == pytest.approx(truths[VIT].losses[half:], rel=1e-5)
 
 
+@pytest.mark.long
 def test_recomputing_trains_the_same(tmp_path: Path, truths: dict[str, Trained], all_shared: str) -> None:
     plan = [case(stage, micro_rows=2, recompute=True, compare="changes") for stage in (0, 2)]
     plan.append(case(3, recompute=True, compare="changes", deepspeed=all_shared))
@@ -110,6 +112,7 @@ def test_recomputing_trains_the_same(tmp_path: Path, truths: dict[str, Trained],
         assert each["off"] < 1e-3, setting
 
 
+@pytest.mark.long
 def test_half_precision_stays_near(tmp_path: Path, truths: dict[str, Trained]) -> None:
     plan = [case(stage, precision, 2) for stage in HALF_STAGES for precision in ("bf16", "fp16")]
     for setting, each in zip(plan, run_world("work_finetuned.py", 2, tmp_path, json.dumps(plan))[0], strict=True):

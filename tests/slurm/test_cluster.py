@@ -84,6 +84,7 @@ def test_gpus_are_given_out_by_number(cluster: Cluster) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_job_of_a_higher_partition_sends_a_lower_one_back(cluster: Cluster, tmp_path: Path) -> None:
     low = sleeper(cluster, tmp_path, "--partition=low", "--nodes=4", "--exclusive")
     high = cluster.sbatch("--partition=high", "--nodes=4", "--exclusive", "--wrap", "srun true", cwd=tmp_path)
@@ -94,6 +95,7 @@ def test_a_job_of_a_higher_partition_sends_a_lower_one_back(cluster: Cluster, tm
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_node_without_power_is_down_and_its_job_requeued(cluster: Cluster, tmp_path: Path) -> None:
     job = sleeper(cluster, tmp_path, "--nodes=2", f"--nodelist={','.join(cluster.names[:2])}")
     faults.power_off(cluster, cluster.names[1])
@@ -105,6 +107,7 @@ def test_a_node_without_power_is_down_and_its_job_requeued(cluster: Cluster, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_node_that_is_cut_off_comes_back_when_healed(apart: Cluster) -> None:
     node, other = apart.names[3], apart.names[0]
     ssh = ["ssh", "-F", str(apart.place.folder / "ssh" / "config"), "-o", "ConnectTimeout=1"]

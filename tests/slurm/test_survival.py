@@ -167,6 +167,7 @@ def test_a_rank_is_killed(cluster, tmp_path, shards, truth, table, capsys) -> No
     proven(training, truth, capsys)
 
 
+@pytest.mark.long
 def test_nobody_notices_that_slurmctld_restarts(cluster, tmp_path, shards, truth, table, capsys) -> None:
     training = start(cluster, tmp_path, shards, "--nodes=2", "--ntasks-per-node=1", "--gpus-per-task=1")
     training.wait_for_step(5)
@@ -211,7 +212,18 @@ def test_a_bad_node_is_named_and_left_out(apart, tmp_path, shards, truth, capsys
     proven(training, truth, capsys)
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "pdsh", pytest.param("torchrun", marks=pytest.mark.long)])
+@pytest.mark.parametrize("launcher", ["deepspeed", "pdsh"])
+def test_deepspeed_starts_it_under_srun_and_over_ssh(cluster, tmp_path, shards, launcher: str) -> None:
+    options = ("--nodes=2", "--gpus-per-node=2")
+    flags = ("--max_steps", "5")
+    training = start(cluster, tmp_path, shards, *options, flags=flags, environment={"NSI_LAUNCHER": launcher})
+    training.wait_for_end(restarts=0)
+    assert [each["world_size"] for each in attempts(training.run)] == [4]
+    assert sorted(losses(training.run)) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", ["deepspeed", "pdsh", "torchrun"])
 def test_other_launchers_save_and_come_back(cluster, tmp_path, shards, truth, capsys, launcher: str) -> None:
     training = start(
         cluster, tmp_path, shards, "--nodes=2", "--gpus-per-node=2", environment={"NSI_LAUNCHER": launcher}
