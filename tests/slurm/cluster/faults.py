@@ -112,6 +112,10 @@ def restore(cluster: Cluster) -> None:
         if place.namespaces:
             heal(cluster, node)
     cluster.wait_for(lambda: _quiet(cluster), RESTORE_S, "no jobs and all nodes idle")
+    # A node may be called idle whose slurmd does not listen yet.
+    step = ["srun", "--immediate=5", f"--nodes={len(place.names)}", "true"]
+    cluster.wait_for(lambda: cluster.run(step, check=False).returncode == 0, RESTORE_S, "a step runs on all nodes")
+    cluster.wait_for(lambda: _quiet(cluster), RESTORE_S, "no jobs and all nodes idle")
     for path in (path for node in place.names for path in (place.own(node) / "scratch").iterdir()):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
