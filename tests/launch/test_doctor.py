@@ -146,7 +146,7 @@ def test_what_is_missing_is_the_jobs_fault(tmp_path: Path) -> None:
         "--data_path": tmp_path / "no-shards",
         "--backbone_weights": tmp_path / "no-weights",
         "--log_path": tmp_path / "file",
-        "--scratch": tmp_path / "no-scratch",
+        "--scratch": tmp_path / "file" / "scratch",
     }
     said = nsi("doctor", *(word for pair in places.items() for word in pair))
     assert said.status == 1
@@ -265,7 +265,8 @@ def test_two_nodes_that_differ_are_the_jobs_fault(tmp_path: Path) -> None:
 def test_files_that_one_node_does_not_have(shards: Path, tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    one = (2, ("--data_path", tmp_path, "--scratch", tmp_path / "none"), {})
+    (tmp_path / "file").write_text("")
+    one = (2, ("--data_path", tmp_path, "--scratch", tmp_path / "file" / "scratch"), {})
     told = meet(tmp_path, 3, "--data_path", shards, "--scratch", scratch, one=one)
     assert told.statuses == [3, 3, 3], told
     assert [line.split()[1:3] for line in told.bad()] == [["data", "n3:"], ["scratch", "n3:"]]

@@ -35,7 +35,7 @@ def truth(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, f
 
 @pytest.fixture(scope="module")
 def table(request: pytest.FixtureRequest) -> Iterator[list[tuple[str, float]]]:
-    """Seconds from each fault to the next step that had not been done before; told at the end (`pytest -n 0`)."""
+    """Seconds from each fault to the next step that had not been done before; told at the end (`pytest -n 0 -s`)."""
     rows: list[tuple[str, float]] = []
     yield rows
     if terminal := request.config.pluginmanager.getplugin("terminalreporter"):
@@ -293,13 +293,14 @@ def test_asked_to_stop_while_nobody_schedules_it_comes_back(cluster, tmp_path, s
 
 def test_cancelled_it_ends_for_good(cluster, tmp_path, shards) -> None:
     training = start(cluster, tmp_path, shards, "--nodes=2", flags=("--max_steps", "100000"))
-    training.wait_for_step(EVERY + 3)
+    saved = training.run / "checkpoints" / f"step-{EVERY:08d}" / "complete.json"
+    cluster.wait_for(saved.exists, 90, "the first checkpoint")
     cluster.run(["scancel", str(training.job)])
     cluster.wait_for_state(training.job, "CANCELLED")
     cluster.wait_for(lambda: set(cluster.nodes().values()) == {"idle"}, 60, "its processes are gone")
     assert cluster.state(training.job) == "CANCELLED"  # and not back in the queue
     # What it was at is saved where Slurm leaves the time; what was saved before is there in any case.
-    assert (training.run / "checkpoints" / f"step-{EVERY:08d}" / "complete.json").exists()
+    assert saved.exists()
 
 
 def test_without_its_folders_it_says_so(cluster, tmp_path) -> None:
