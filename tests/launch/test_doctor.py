@@ -170,6 +170,7 @@ def test_gpus_asked_for_without_a_driver_are_a_warning(monkeypatch: pytest.Monke
     """Pretended GPUs, as on a test cluster; a node that has a driver is asked for more (tests/cluster)."""
     if Path("/proc/driver/nvidia/version").exists() or Path("/dev/kfd").exists():
         pytest.skip("this machine has a driver of GPUs")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)  # DeepSpeed, where a test before imported it, sets it
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     lines = done(nsi("doctor")).splitlines()
