@@ -24,13 +24,7 @@ LOOK_EVERY = 5  # ticks between two looks for a newer attempt, which a shared fo
 class Guard:
     """One rank's guard. All but its making happens in the watchdog's thread."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        world: World,
-        stop: StopRequest,
-        clock: Clock,
-    ) -> None:
+    def __init__(self, config: TrainConfig, world: World, stop: StopRequest, clock: Clock) -> None:
         self._config, self._world, self._stop, self._clock = config, world, stop, clock
         # Each once there is one.
         self.attempt: Attempt | None = None

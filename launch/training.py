@@ -57,6 +57,7 @@ def train(config: TrainConfig, stop: StopRequest) -> None:
         # The first thing that writes to RUN.
         attempt = share(together(lambda: begin(config, world, parts, clock.began)))
         assert attempt is not None
+        closing.enter_context(ending_in_order(config.log_path / runfolder.RUNNING, attempt.number, world.rank))
         clock.enter("start", attempt.restored_step)
         appender = Appender()
         closing.callback(appender.close)
@@ -79,11 +80,10 @@ def train(config: TrainConfig, stop: StopRequest) -> None:
         workers = closing.enter_context(open_workers(config.data.num_workers, pin=device.type == "cuda"))
         until = deadline(clock.began, config.watch.time_limit * 60, config.watch.grace_seconds, os.environ)
         means = Means(world, device, parts, micro, attempt, log, board, ledger, workers, until, clock, watchdog)
-        with ending_in_order(config.log_path / runfolder.RUNNING, attempt.number, world.rank):
-            trainer = Trainer(config, means)
-            guard.saver = trainer.saver
-            log.emit(log.instant("start"))
-            finished = trainer.run(stop)
+        trainer = Trainer(config, means)
+        guard.saver = trainer.saver
+        log.emit(log.instant("start"))
+        finished = trainer.run(stop)
         leave()
     if world.rank == 0:
         _say_where(config.log_path, finished, stop)

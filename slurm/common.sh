@@ -1,6 +1,6 @@
 # What the batch scripts share. Each sources this file once it has set $script, its name, and $project; nothing here
-# knows a site. Defined below: fail, flag, meet, layout, examine, stage,
-# unstage, back_to_queue.
+# knows a site. Sets $job, $restart, $site and $python; defined below: fail, flag, record, meet, free_port, layout,
+# examine, stage, unstage, back_to_queue.
 # shellcheck shell=bash disable=SC2034,SC2154
 
 fail() {

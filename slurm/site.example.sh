@@ -15,7 +15,7 @@ NSI_CONSTRAINT="${NSI_CONSTRAINT:-}"
 NSI_PYTHON="${NSI_PYTHON:-}"
 
 # Words before python; the container must have the project's packages and see the folders that are named to it.
-NSI_CONTAINER="${NSI_CONTAINER:-}" # apptainer exec --nv --bind /work /work/nsi.sif
+NSI_CONTAINER="${NSI_CONTAINER:-}" # apptainer exec --nv nsi.sif
 
 # The network interface between the nodes (`ip -brief address` lists them), where NCCL and gloo do not find it.
 NSI_INTERFACE="${NSI_INTERFACE:-}" # ib0

@@ -87,15 +87,21 @@ def start(shards: Path, tmp_path: Path) -> Iterator[Callable[..., Watched]]:
         each.ranks.kill()
 
 
-def test_a_disk_that_is_full_for_a_while(
-    apart: Island, start: Callable[..., Watched], whole: Whole, tmp_path: Path
-) -> None:
+def on_a_small_disk(apart: Island, start: Callable[..., Watched], tmp_path: Path) -> tuple[Path, Path, Watched]:
+    """A run with its second checkpoint on a disk of 64 MB: the disk, where it is seen from outside, and the run."""
     disk = tmp_path / "disk"
     disk.mkdir()
     apart.mount(disk, *TMPFS, "-o", "size=64m", "none")
     seen = apart.seen(disk)
     run = start(apart.mother, disk / "run", seen / "run")
     run.until(lambda: run.newest() >= 8)
+    return disk, seen, run
+
+
+def test_a_disk_that_is_full_for_a_while(
+    apart: Island, start: Callable[..., Watched], whole: Whole, tmp_path: Path
+) -> None:
+    disk, seen, run = on_a_small_disk(apart, start, tmp_path)
     # A neighbour takes what there is, and what a checkpoint that failed gives back.
     run.go_on_in_trouble(meanwhile=lambda: fill(seen / "neighbour"))
     before = run.newest()
@@ -110,12 +116,7 @@ def test_a_disk_that_is_full_for_a_while(
 def test_a_disk_that_is_full_to_the_end(
     apart: Island, start: Callable[..., Watched], whole: Whole, tmp_path: Path
 ) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    apart.mount(disk, *TMPFS, "-o", "size=64m", "none")
-    seen = apart.seen(disk)
-    run = start(apart.mother, disk / "run", seen / "run")
-    run.until(lambda: run.newest() >= 8)
+    disk, seen, run = on_a_small_disk(apart, start, tmp_path)
     run.go_on_in_trouble(meanwhile=lambda: fill(seen / "neighbour"))
     before, step = run.good(), run.newest()
     run.ranks.send(0, signal.SIGTERM)

@@ -50,7 +50,8 @@ def truth() -> list[float]:
 
 
 @pytest.mark.slow
-def test_any_change_of_world_and_stage(tmp_path: Path, truth: list[float]) -> None:
+@pytest.mark.parametrize("worlds", [(1, 3), pytest.param(WORLDS, marks=pytest.mark.long)], ids=str)
+def test_any_change_of_world_and_stage(tmp_path: Path, truth: list[float], worlds: tuple[int, ...]) -> None:
     """To more ranks and to fewer, out of two stages and into two; in its own world and stage bit for bit."""
 
     def elsewhere(world: int, origins: tuple[int, ...]) -> list[dict]:
@@ -73,14 +74,15 @@ def test_any_change_of_world_and_stage(tmp_path: Path, truth: list[float]) -> No
                 assert each["losses"][0] == pytest.approx(truth[CUT], rel=1e-5), setting
                 assert each["losses"] == pytest.approx(truth[CUT:], rel=1e-5), setting
 
-    for world in WORLDS:  # each can go on from those before it, and the smallest at the end from those after it
+    for place, world in enumerate(worlds):  # each can go on from those before it, and at the end from those after it
         own = [
             case
             for stage in STAGES
             for case in (whole(stage), first(tmp_path, world, stage), onward(tmp_path, stage, (world, stage)))
         ]
-        check(world, own, elsewhere(world, WORLDS[:world]))
-    check(1, [], elsewhere(1, WORLDS[1:]))
+        check(world, own, elsewhere(world, worlds[: place + 1]))
+    for place, world in enumerate(worlds[:-1]):
+        check(world, [], elsewhere(world, worlds[place + 1 :]))
 
 
 @pytest.mark.slow

@@ -27,3 +27,11 @@ def cluster(standing_cluster: Cluster) -> Cluster:
     """Four idle nodes, whatever the test before did."""
     restore(standing_cluster)
     return standing_cluster
+
+
+@pytest.fixture
+def apart(cluster: Cluster) -> Cluster:
+    """A cluster whose nodes have a network of their own."""
+    if not cluster.place.namespaces:
+        pytest.skip("no namespaces here; run the tests as root of a machine or of a privileged container")
+    return cluster

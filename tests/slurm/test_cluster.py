@@ -23,14 +23,6 @@ TWO = Layout(nodes=2)
 
 
 @pytest.fixture
-def apart(cluster: Cluster) -> Cluster:
-    """A cluster whose nodes have a network of their own."""
-    if not cluster.place.namespaces:
-        pytest.skip("no namespaces here; run the tests as root of a machine or of a privileged container")
-    return cluster
-
-
-@pytest.fixture
 def second() -> Iterator[Cluster]:
     """Another cluster on the same machine."""
     cluster = up(TWO)

@@ -14,7 +14,6 @@ import pytest
 
 from tests.slurm.cluster import faults, nodes
 from tests.slurm.cluster.bringup import start_slurmctld
-from tests.slurm.cluster.commands import Cluster
 from tests.slurm.cluster.nodes import PROJECT
 from tests.slurm.cluster.processes import wait_until
 from tests.slurm.training import EVERY, SCRIPT, STEPS, attempts, losses, proven, start
@@ -42,14 +41,6 @@ def table(request: pytest.FixtureRequest) -> Iterator[list[tuple[str, float]]]:
         terminal.write_line("")
         for what, seconds in rows:
             terminal.write_line(f"| {what} | {seconds:.1f} s |")
-
-
-@pytest.fixture
-def apart(cluster: Cluster) -> Cluster:
-    """A cluster whose nodes have a network of their own."""
-    if not cluster.place.namespaces:
-        pytest.skip("no namespaces here; run the tests as root of a machine or of a privileged container")
-    return cluster
 
 
 def test_preempted_it_saves_and_comes_back(cluster, tmp_path, shards, truth, table, capsys) -> None:
@@ -298,9 +289,8 @@ def test_cancelled_it_ends_for_good(cluster, tmp_path, shards) -> None:
     cluster.run(["scancel", str(training.job)])
     cluster.wait_for_state(training.job, "CANCELLED")
     cluster.wait_for(lambda: set(cluster.nodes().values()) == {"idle"}, 60, "its processes are gone")
-    assert cluster.state(training.job) == "CANCELLED"  # and not back in the queue
-    # What it was at is saved where Slurm leaves the time; what was saved before is there in any case.
-    assert saved.exists()
+    record = cluster.job(training.job)  # and not back in the queue, though the ranks may have had the time to save
+    assert (record["JobState"], record["Restarts"]) == ("CANCELLED", "0")
 
 
 def test_without_its_folders_it_says_so(cluster, tmp_path) -> None:

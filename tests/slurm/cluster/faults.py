@@ -14,6 +14,7 @@ from tests.slurm.cluster.bringup import start_slurmctld
 from tests.slurm.cluster.commands import Cluster, login_environment
 from tests.slurm.cluster.processes import Process, below, end_trees, find, recorded, stat_fields, wait_until
 
+BOOT_S = 20.0
 FREEZE_S = 10.0
 RESTORE_S = 60.0
 DAEMONS = {"slurmd", "slurmstepd", "sshd"}
@@ -27,6 +28,12 @@ def power_off(cluster: Cluster, node: str) -> None:
 def power_on(cluster: Cluster, node: str) -> None:
     """The node boots; Slurm takes it back by itself."""
     nodes.switch_on(cluster.place, [node], login_environment(cluster.place))
+
+    def booted() -> bool:
+        running = below(nodes.first_process(cluster.place, node).pid)
+        return any(_name(each) == "slurmd" and _handles(each, signal.SIGHUP) for each in running)
+
+    wait_until(booted, BOOT_S, lambda: f"{node} does not boot")
 
 
 def freeze(cluster: Cluster, node: str) -> None:
@@ -62,7 +69,7 @@ def heal(cluster: Cluster, node: str) -> None:
 def knock(cluster: Cluster, node: str) -> None:
     """Makes a node's slurmd report itself. Slurm asks a node that was down only every half minute."""
     for each in below(nodes.first_process(cluster.place, node).pid):
-        if _name(each) == "slurmd":
+        if _name(each) == "slurmd" and _handles(each, signal.SIGHUP):  # one that has just begun would die of it
             each.send(signal.SIGHUP)
 
 
@@ -140,6 +147,14 @@ def _quiet(cluster: Cluster) -> bool:
 def _stopped(process: Process) -> bool:
     stat = stat_fields(process.pid)
     return stat is None or stat[0] in "TtZX"
+
+
+def _handles(process: Process, number: signal.Signals) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
 
 
 def _name(process: Process) -> str:
