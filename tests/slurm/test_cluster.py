@@ -68,6 +68,16 @@ def test_a_node_has_its_own_memory_and_scratch(apart: Cluster) -> None:
     assert sorted(seen.splitlines()) == [f"{node} /dev/shm/of-{node} {scratch}/of-{node}" for node in apart.names]
 
 
+def test_a_node_that_boots_anew_is_reached_at_once(apart: Cluster) -> None:
+    """Others still have its hardware address, and would ask for another only after more seconds than these."""
+    first, *_, last = apart.names
+    call = f"timeout 3 bash -c '</dev/tcp/{apart.place.address(last)}/{apart.place.port + len(apart.names)}'"
+    apart.run(["srun", f"--nodelist={first}", "bash", "-c", call])
+    faults.power_off(apart, last)
+    faults.power_on(apart, last)
+    apart.run(["srun", f"--nodelist={first}", "bash", "-c", call])
+
+
 def test_gpus_are_given_out_by_number(cluster: Cluster) -> None:
     said = cluster.run(["srun", "--nodes=2", "--gpus-per-node=2", "printenv", "CUDA_VISIBLE_DEVICES"]).stdout
     assert said.split() == ["0,1", "0,1"]

@@ -65,6 +65,10 @@ class Place:
         """The address of the host, where slurmctld and a person's commands run."""
         return f"198.18.{77 + self.index}.1" if self.namespaces else "127.0.0.1"
 
+    def hardware_address(self, node: str) -> str:
+        """That of its network card, which it keeps when it boots anew: the others have it in their tables."""
+        return "02:00:" + ":".join(f"{int(octet):02x}" for octet in self.address(node).split("."))
+
     def address(self, node: str) -> str:
         return f"198.18.{77 + self.index}.{self.names.index(node) + 11}" if self.namespaces else node
 

@@ -30,7 +30,11 @@ def switch_on(place: Place, nodes: Sequence[str], environment: dict[str, str]) -
     if place.namespaces:
         pids = {node: first_process(place, node).pid for node in nodes}
         ip(
-            *(f"link add {place.cable(node)} type veth peer name eth0 netns {pids[node]}" for node in nodes),
+            *(
+                f"link add {place.cable(node)} type veth "
+                f"peer name eth0 address {place.hardware_address(node)} netns {pids[node]}"
+                for node in nodes
+            ),
             *(f"link set {place.cable(node)} master {place.bridge} up" for node in nodes),
         )
     for process in first.values():
