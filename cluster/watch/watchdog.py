@@ -17,9 +17,11 @@ import os
 import secrets
 import selectors
 import socket
+import statistics
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -37,6 +39,8 @@ FAREWELL_S = 2.0  # in which ranks leave by themselves when another has failed, 
 LATE_S = 10.0  # a tick so late means that we were frozen ourselves (a laptop slept), not all the others
 STUCK_S = 600.0  # without a tick: the interpreter itself is stuck, and only a thread without it can end the process
 CONNECT_S = 60.0
+STEPS = 33  # whose median is a rank's pace: one slow step makes no straggler
+FEWEST_STEPS = 5  # that say something
 
 
 class Watchdog:
@@ -57,7 +61,7 @@ class Watchdog:
         self._look, self._farewell = look, farewell
         self._node = socket.gethostname()
         self._moved = clock.place.moves, time.monotonic()
-        self._own_s = 0.0
+        self._own_s: deque[float] = deque(maxlen=STEPS)
         self._slowness: dict[int, float] = {}
         self._links: dict[socket.socket, _Link] = {}
         self._wake, self._woken = socket.socketpair()
@@ -65,8 +69,8 @@ class Watchdog:
         self._listener, self._token = self._meet()
 
     def note(self, own_s: float) -> None:
-        """Tells how long this rank takes for its own part of a step, before it meets the others."""
-        self._own_s = own_s
+        """Tells how long this rank took for its own part of a step, before it met the others."""
+        self._own_s.append(own_s)
 
     def slowness(self) -> dict[int, float]:
         """By rank, its own part of a step as a multiple of the median rank's; on rank 0 all, on others their own."""
@@ -142,9 +146,9 @@ class Watchdog:
             with contextlib.suppress(OSError, ValueError):  # no stderr, no stacks
                 faulthandler.dump_traceback_later(STUCK_S, exit=True, file=sys.__stderr__)
         idle_s = now - self._moved[1]
-        return Beat(
-            self._world.rank, self._node, place.step, place.bucket, place.moves, idle_s, at, collective, self._own_s
-        )
+        last_s = list(self._own_s)
+        own_s = statistics.median(last_s) if len(last_s) >= FEWEST_STEPS else 0.0
+        return Beat(self._world.rank, self._node, place.step, place.bucket, place.moves, idle_s, at, collective, own_s)
 
     def _hear(self, source: Any, selector: selectors.BaseSelector) -> None:
         if source is self._listener:

@@ -26,7 +26,7 @@ class Beat:
     idle_s: float  # since the last move
     at: str  # the line of this program that its main thread is in
     collective: str  # the collective that it waits in, "" where in none
-    own_s: float = 0.0  # of a step, before it meets the others; 0 where nothing is known yet
+    own_s: float = 0.0  # of a step, before it meets the others: the last ones' median; 0 where nothing is known yet
 
     @property
     def name(self) -> str:
