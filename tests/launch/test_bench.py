@@ -26,10 +26,20 @@ def test_a_ratio_above_one_is_better() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("suite", "names"),
-    [("loader", ["loader/read-vs-webdataset", "loader/decode-vs-decoder", "loader/first-batch"]),
-     ("shard", ["shard/copy-vs-cp", "shard/copy-vs-cp-synced"]),
-     ("checkpoint", [f"checkpoint/{name}" for name in ("standstill", "share", "gather", "step-beside-writing")])],
-)  # fmt: skip
+    [
+        ("shard", ["shard/copy-vs-cp", "shard/copy-vs-cp-synced"]),
+        pytest.param(
+            "loader",
+            ["loader/read-vs-webdataset", "loader/decode-vs-decoder", "loader/first-batch"],
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            "checkpoint",
+            [f"checkpoint/{name}" for name in ("standstill", "share", "gather", "step-beside-writing")],
+            marks=pytest.mark.long,
+        ),
+    ],
+)
 def test_each_suite_says_its_names(suite: str, names: list[str]) -> None:
     command = [sys.executable, "-m", "launch", "bench", suite, "--scenes", "100", "--json"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

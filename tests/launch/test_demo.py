@@ -33,6 +33,7 @@ def test_the_demo_walks_the_whole_road(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_recipe_learns(tmp_path: Path) -> None:
     """About half of the demo's steps: held-out scenes are found at least 15 times as often as by chance, both ways."""
     scenes, shards, run = (str(tmp_path / name) for name in ("scenes", "shards", "run"))

@@ -270,6 +270,7 @@ def test_asked_to_stop_before_training_began_it_comes_back(cluster, tmp_path, sh
     assert "asked to stop before training began; back to the queue" in cluster.output(training.job)
 
 
+@pytest.mark.long
 def test_asked_to_stop_while_nobody_schedules_it_comes_back(cluster, tmp_path, shards, truth, capsys) -> None:
     training = start(cluster, tmp_path, shards, "--nodes=2")
     training.wait_for_step(5)
