@@ -4,34 +4,18 @@ from __future__ import annotations
 
 import importlib
 import json
-import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from launch.benches.comparison import Comparison
 from nsi.errors import UsageError
 
 Suite = Literal["loader", "shard", "decoder", "step", "features", "score", "checkpoint"]
 ON_DATA = ("loader", "shard", "features")
-ROUNDS = 5  # of each side, in turn, so that a machine's moods meet both
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One figure of ours beside the other's, as medians; a ratio above 1 means that ours is better."""
-
-    name: str
-    ours: float
-    other: float
-    unit: str
-    ratio: float
-    against: str  # what the other is
 
 
 @dataclass(frozen=True)
@@ -66,36 +50,10 @@ def run(config: BenchConfig) -> None:
         raise UsageError(f"--scenes {config.scenes}: give at least 100, or nothing is measured but starting")
     if config.data and config.what not in ON_DATA:
         raise UsageError(f"--data {config.data}: bench {config.what} reads no data; leave it out")
-    suite = importlib.import_module(f"launch.bench_{config.what}")
+    suite = importlib.import_module(f"launch.benches.{config.what}")
     comparisons: Iterator[Comparison] = suite.comparisons(config.data, config.scenes)
     for comparison in comparisons:
         print(json.dumps(asdict(comparison)) if config.json else _line(comparison), flush=True)
-
-
-def compare(
-    name: str, unit: str, against: str, ours: Callable[[], float], other: Callable[[], float], rounds: int = ROUNDS
-) -> Comparison:
-    """Measures both sides in turn. Each gives a rate, where more is better, or seconds or MiB, where less is."""
-    mine, theirs = zip(*((ours(), other()) for _ in range(rounds)), strict=True)
-    return compared(name, unit, against, mine, theirs)
-
-
-def compared(name: str, unit: str, against: str, ours: Sequence[float], other: Sequence[float]) -> Comparison:
-    """The comparison of what has been measured; less is better of seconds, MiB and per cent."""
-    mine, theirs = statistics.median(ours), statistics.median(other)
-    return Comparison(name, mine, theirs, unit, theirs / mine if unit in ("s", "MiB", "%") else mine / theirs, against)
-
-
-@contextmanager
-def stopwatch() -> Iterator[Callable[[], float]]:
-    """Yields a function that says how many seconds have passed."""
-    began = time.perf_counter()
-    yield lambda: time.perf_counter() - began
-
-
-def note(text: str) -> None:
-    """Says on stderr what takes so long."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _line(found: Comparison) -> str:

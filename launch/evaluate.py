@@ -20,11 +20,11 @@ from PIL import Image
 from cluster.checkpoints.folder import checkpoint_path
 from cluster.processes import use_gpus
 from launch import runfolder
-from launch.build import make_backbone, make_model, standing_before
-from launch.choose import trained_checkpoint
 from launch.config import TrainConfig, from_json
 from launch.progress import progress
-from launch.validation import VALIDATION_STEP
+from launch.training.build import make_backbone, make_model, standing_before
+from launch.training.choose import trained_checkpoint
+from launch.training.validation import VALIDATION_STEP
 from nsi.backbone import parameters_hash
 from nsi.batch import Batch
 from nsi.errors import UsageError, UserError

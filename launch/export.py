@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 from cluster.checkpoints.checkpoint import Checkpoint
 from cluster.durable import file_hash, sync
-from launch.choose import trained_checkpoint
 from launch.config import TrainConfig, from_json, to_json
 from launch.exported import CONFIG, FORMAT, MODEL
-from launch.validation import VALIDATION_STEP
+from launch.training.choose import trained_checkpoint
+from launch.training.validation import VALIDATION_STEP
 from nsi.backbone import build_backbone
 from nsi.errors import UserError
 

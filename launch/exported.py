@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from cluster.durable import file_hash
-from launch.build import make_backbone
 from launch.config import BackboneConfig, from_json
+from launch.training.build import make_backbone
 from nsi.backbone import Backbone, build_backbone, parameters_hash
 from nsi.errors import UserError
 from nsi.finetuned import BACKBONE

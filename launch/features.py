@@ -18,11 +18,11 @@ import torch
 import tyro
 
 from cluster.processes import use_gpus
-from launch.build import make_backbone
 from launch.config import BackboneConfig, DataConfig, Flat
 from launch.parts import parse_part
 from launch.progress import progress
-from launch.stored import describe_transform, describe_weights
+from launch.training.build import make_backbone
+from launch.training.stored import describe_transform, describe_weights
 from nsi.backbone import Backbone, parameters_hash
 from nsi.batch import Batch
 from nsi.errors import UsageError, UserError

@@ -27,12 +27,12 @@ from safetensors.torch import save_file
 from cluster.checkpoints.checkpoint import Checkpoint, checkpoint_path, write_checkpoint
 from cluster.engine.state import MOMENTS, TrainingState
 from launch import runfolder
-from launch.build import make_model
 from launch.config import TrainConfig, flag_values
-from launch.prepare import record
 from launch.recipes import recipe_defaults
-from launch.resume import Progress, checkpoint_facts
-from launch.schedule import Plateau
+from launch.training.build import make_model
+from launch.training.prepare import record
+from launch.training.resume import Progress, checkpoint_facts
+from launch.training.schedule import Plateau
 from nsi.backbone import Backbone, TimmBackbone, parameters_hash
 from nsi.errors import UsageError, UserError
 from nsi.model import NeuralSlotInterpreter

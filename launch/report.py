@@ -16,7 +16,7 @@ import tyro
 
 from cluster.checkpoints.attempt import Attempt, read_attempts
 from launch import runfolder
-from launch.history import UNKNOWN, attempt_rows, time_rows, when
+from launch.reporting.history import UNKNOWN, attempt_rows, time_rows, when
 from launch.runfolder import standing_lines
 from nsi.errors import UserError
 from nsi.metrics.grounding import IOU_THRESHOLD
@@ -59,7 +59,7 @@ def render(folder: Path) -> str:
     attempts = read_attempts(folder / runfolder.ATTEMPTS)
     evals = _evals(folder)
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("launch", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("launch.reporting", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"share": share, "fraction": fraction, "count": count, "spread": spread}
     environment.globals["pick"] = pick
@@ -165,7 +165,7 @@ def _charts(
     """The curves by name, as markup; empty ones where the run has nothing to draw."""
     from markupsafe import Markup
 
-    from launch.figures import Role, Series, chart
+    from launch.reporting.figures import Role, Series, chart
 
     def series(lines: list[dict], key: str, role: Role, dots: bool = False) -> Series:
         return Series(role, [line["step"] for line in lines], [line.get(key) for line in lines], dots)
@@ -217,7 +217,7 @@ def _scenes(folder: Path, main: dict[str, Any]) -> list[dict[str, Any]]:
 def _scene(
     image_HW3: np.ndarray, truth_HW: np.ndarray, segments_HW: np.ndarray, described: dict[str, Any]
 ) -> dict[str, Any]:
-    from launch.figures import SMALLEST_SHARE, outline, photo, slot_colour, slot_shapes, text_colour
+    from launch.reporting.figures import SMALLEST_SHARE, outline, photo, slot_colour, slot_shapes, text_colour
 
     primitives = []
     for place, primitive in enumerate(described["primitives"]):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str]) -> None:
     """Parses the flags and trains."""
     stop = StopRequest()  # a scheduler may say stop while the slow imports still run: listen before them
-    from launch.training import train
+    from launch.training.run import train
 
     train(parse(arguments), stop)
 

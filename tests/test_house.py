@@ -43,7 +43,7 @@ def test_the_house_as_it_stands() -> None:
         ("nsi/noise.py", "import shards.order"),
         ("shards/decode.py", "import nsi.model"),
         ("cluster/checkpoints/checkpoint.py", "import deepspeed"),
-        ("launch/training.py", "import deepspeed"),
+        ("launch/training/run.py", "import deepspeed"),
     ],
 )
 def test_an_arrow_that_runs_up_is_caught(copy: Path, file: str, line: str) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 
 IMPORTS = (
     *("deepspeed", "safetensors.torch", "torch.utils.tensorboard", "tyro", "timm", "rich.progress"),
-    *("launch.cli", "launch.train", "launch.training"),
+    *("launch.cli", "launch.train", "launch.training.run"),
 )
 # Between these a file or a name is half-way: what writes them calls them by these names.
 DELICATE = ("rename", "replace", "fsync", "unlink", "rmdir", "write")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from cluster.watch.whereabouts import Beat, hang, slowness, where_is
 
-AT_WORK = Beat(0, "node01", 17, "step", 40, 0.5, "launch/step.py:80 (training_step)", "", 0.2)
+AT_WORK = Beat(0, "node01", 17, "step", 40, 0.5, "launch/training/step.py:80 (training_step)", "", 0.2)
 WAITING = replace(AT_WORK, collective="all_reduce", idle_s=61.0)
 
 
@@ -19,7 +19,7 @@ def test_the_rank_that_came_least_far_is_named() -> None:
     stuck = replace(AT_WORK, rank=3, node="node07", moves=39, bucket="data_wait", idle_s=62.0, at="shards/x.py:1 (f)")
     assert hang([WAITING, replace(WAITING, rank=1), stuck], 60) == (
         "rank 3 (node07) stood still for 62 s after step 17, in data_wait, at shards/x.py:1 (f); "
-        "the others wait in all_reduce at launch/step.py:80 (training_step)"
+        "the others wait in all_reduce at launch/training/step.py:80 (training_step)"
     )
 
 
@@ -34,7 +34,7 @@ def test_all_may_wait_for_nothing() -> None:
     text = hang([WAITING, replace(WAITING, rank=1)], 60)
     assert text == (
         "rank 0 (node01), rank 1 (node01) stood still for 61 s after step 17, in step, in all_reduce at "
-        "launch/step.py:80 (training_step)"
+        "launch/training/step.py:80 (training_step)"
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.prepare import DEEPSPEED_CONFIG
+from launch.training.prepare import DEEPSPEED_CONFIG
 from nsi.finetuned import BACKBONE
 from tests.gloo.problem import Trained, make_finetuned, train_finetuned
 from tests.gloo.worlds import run_world

@@ -19,8 +19,8 @@ from cluster.engine.loss_scale import LossScale
 from cluster.processes import join, leave
 from cluster.world import find_world
 from launch.config import LossConfig
-from launch.prepare import DEEPSPEED_CONFIG
-from launch.step import StepSettings, losses_and_gradient, training_step
+from launch.training.prepare import DEEPSPEED_CONFIG
+from launch.training.step import StepSettings, losses_and_gradient, training_step
 from nsi.model import undecayed
 from shards.order import rank_rows, rows_per_rank
 

@@ -17,7 +17,7 @@ from cluster.engine.gathering import gather_flat
 from cluster.engine.state import MOMENTS, TrainingState
 from cluster.processes import join, leave
 from cluster.world import find_world
-from launch.prepare import DEEPSPEED_CONFIG
+from launch.training.prepare import DEEPSPEED_CONFIG
 
 Tensors = dict[str, torch.Tensor]
 

@@ -14,7 +14,7 @@ from cluster.collectives import any_rank, collect, gather_rows, share, sum_over_
 from cluster.processes import join, leave
 from cluster.world import find_world
 from launch.config import LossConfig
-from launch.step import StepSettings, losses_and_gradient
+from launch.training.step import StepSettings, losses_and_gradient
 from shards.order import rank_rows, rows_per_rank
 
 out, dropout, micro_rows = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])

@@ -11,8 +11,8 @@ from cluster.records.clock import Clock
 from cluster.watch.stop import StopRequest
 from cluster.watch.watchdog import watching
 from cluster.world import find_world
-from launch.guard import Guard
 from launch.train import parse
+from launch.training.guard import Guard
 
 _, run = sys.argv[1:]
 stop = StopRequest()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from launch.choose import choose, load_chosen
 from launch.config import TrainConfig
-from launch.prepare import Parts, prepare
+from launch.training.choose import choose, load_chosen
+from launch.training.prepare import Parts, prepare
 
 
 def prepared(config: TrainConfig) -> Parts:

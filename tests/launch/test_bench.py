@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import bench_score
-from launch.bench import compared
+from launch.benches import score
+from launch.benches.comparison import compared
 from launch.cli import run as nsi
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ def test_each_suite_says_its_names(suite: str, names: list[str]) -> None:
 @pytest.mark.slow
 def test_the_score_takes_less_memory_than_the_dense_form() -> None:
     """Its two comparisons; the large batch that it tells of afterwards takes a minute."""
-    time, memory = itertools.islice(bench_score.comparisons(None, 0), 2)
+    time, memory = itertools.islice(score.comparisons(None, 0), 2)
     assert (time.name, memory.name) == ("score/time", "score/memory")
     assert time.ratio > 0
     assert memory.ratio > 5

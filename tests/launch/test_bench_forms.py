@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch import bench_decoder, bench_forms, bench_step
 from launch.bench import BenchConfig, run
-from launch.bench_decoder import TextbookDecoder
-from launch.bench_step import textbook_contrastive
+from launch.benches import decoder, forms, step
+from launch.benches.decoder import TextbookDecoder
+from launch.benches.step import textbook_contrastive
 from nsi.decoder import BroadcastDecoder
 from nsi.errors import UsageError
 from nsi.loss import Rows, contrastive_sum
@@ -51,19 +51,19 @@ def test_the_textbook_loss_is_the_loss() -> None:
 
 
 def test_memory_is_what_a_run_takes() -> None:
-    code = "from launch.bench_forms import peak_mib; import torch; print(peak_mib(lambda: torch.ones(64 << 20)))"
+    code = "from launch.benches.forms import peak_mib; import torch; print(peak_mib(lambda: torch.ones(64 << 20)))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert float(found.stdout) == pytest.approx(256, rel=0.05)
 
 
-@pytest.mark.parametrize("suite", [bench_decoder, bench_step])
+@pytest.mark.parametrize("suite", [decoder, step])
 def test_every_form_runs(suite, monkeypatch: pytest.MonkeyPatch) -> None:
     """On little, and without the processes that measure memory at full size."""
     for name, value in {"IMAGES": 2, "PATCHES": 9, "FEATURES": 12}.items():
         monkeypatch.setattr(suite, name, value)
-    monkeypatch.setattr(bench_forms, "_peak_elsewhere", lambda module, form: 1.0)
+    monkeypatch.setattr(forms, "_peak_elsewhere", lambda module, form: 1.0)
     found = list(suite.comparisons(None, 0))
-    name = suite.__name__.removeprefix("launch.bench_")
+    name = suite.__name__.removeprefix("launch.benches.")
     expected = [f"{name}/{what}" for what in ("time", "memory", "time-recompute", "memory-recompute")]
     assert [each.name for each in found] == expected
     assert all(each.ratio > 0 for each in found)

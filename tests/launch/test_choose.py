@@ -10,7 +10,7 @@ import pytest
 
 from cluster.checkpoints.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from cluster.checkpoints.folder import COMPLETE, STATE, checkpoint_path
-from launch.choose import Choice, choose, load_chosen
+from launch.training.choose import Choice, choose, load_chosen
 from nsi.errors import UserError
 from tests.launch.prepared import prepared
 from tests.launch.test_resume import checkpointed, configured

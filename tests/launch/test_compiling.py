@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch._inductor.config as inductor
 
-from launch.compiling import compile_model, compiled_or_eager
 from launch.config import TrainConfig, science
+from launch.training.compiling import compile_model, compiled_or_eager
 from tests.gloo.problem import make_model, one_process_loss
 
 

@@ -15,9 +15,9 @@ import pytest
 from launch import cli
 from launch.config import TrainConfig, check, flag_values, from_json, science, to_json
 from launch.recipes import starting_point
-from launch.resume import is_better
-from launch.schedule import Plateau, after_validation, learning_rate
 from launch.train import parse
+from launch.training.resume import is_better
+from launch.training.schedule import Plateau, after_validation, learning_rate
 from nsi.errors import UserError
 
 PUBLIC = {

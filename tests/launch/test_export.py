@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from cluster.checkpoints.checkpoint import read_checkpoint, write_checkpoint
 from cluster.checkpoints.folder import checkpoint_path
-from launch.build import make_backbone, make_model, standing_before
 from launch.cli import run as nsi
 from launch.config import TrainConfig, from_json
 from launch.evaluate import _embed
@@ -27,6 +26,7 @@ from launch.exported import (
     score,
     slot_embeddings,
 )
+from launch.training.build import make_backbone, make_model, standing_before
 from nsi.backbone import parameters_hash
 from nsi.batch import Batch
 from nsi.errors import UserError

@@ -15,8 +15,8 @@ import webdataset
 from safetensors.torch import load
 
 from launch.config import TrainConfig
-from launch.prepare import Parts, prepare
 from launch.train import parse
+from launch.training.prepare import Parts, prepare
 from nsi.backbone import build_backbone, parameters_hash
 from nsi.errors import UserError
 from nsi.tokens import unpack

@@ -11,10 +11,10 @@ import torch
 
 from cluster.checkpoints.checkpoint import read_checkpoint
 from launch import cli
-from launch.build import make_backbone, make_model
 from launch.config import TrainConfig, check, from_json
 from launch.runfolder import read_lines
 from launch.train import parse
+from launch.training.build import make_backbone, make_model
 from nsi.backbone import parameters_hash
 from nsi.errors import UsageError
 from nsi.finetuned import BACKBONE, FinetunedInterpreter

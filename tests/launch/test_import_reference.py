@@ -18,9 +18,9 @@ from PIL import Image
 
 from cluster.checkpoints.checkpoint import read_checkpoint
 from launch import cli
-from launch.build import make_backbone, make_model
 from launch.config import TrainConfig, from_json
-from launch.validation import VALIDATION_STEP
+from launch.training.build import make_backbone, make_model
+from launch.training.validation import VALIDATION_STEP
 from nsi.metrics.retrieval import retrieval, schema_groups
 from nsi.model import Output
 from nsi.noise import KeyedNoise

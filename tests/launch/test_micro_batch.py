@@ -11,8 +11,8 @@ from torch import nn
 
 from cluster.engine.config import EngineConfig
 from launch.config import LossConfig
-from launch.micro_batch import fitting_rows, made_up_batch, reserved_bytes
-from launch.step import StepSettings
+from launch.training.micro_batch import fitting_rows, made_up_batch, reserved_bytes
+from launch.training.step import StepSettings
 from nsi.errors import UserError
 from shards.loading.rows import SceneShape
 from tests.gloo.problem import TAU, F, P, T, make_model

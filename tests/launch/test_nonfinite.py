@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from launch.config import LossConfig
-from launch.nonfinite import advice, is_broken, report, suspects, write_report
-from launch.step import StepResult, StepSettings
+from launch.training.nonfinite import advice, is_broken, report, suspects, write_report
+from launch.training.step import StepResult, StepSettings
 from nsi.model import NeuralSlotInterpreter
 from tests.gloo.problem import SEED, TAU, VIT_FEATURES, F, G, make_batch, make_finetuned, make_model, make_pictures
 

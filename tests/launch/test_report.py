@@ -10,8 +10,17 @@ import numpy as np
 import pytest
 
 from launch.config import LossConfig, TrainConfig, to_json
-from launch.figures import SLOT_COLOURS, Series, chart, outline, short_number, slot_colour, slot_shapes, text_colour
 from launch.report import ReportConfig, count, render, run, share, spread
+from launch.reporting.figures import (
+    SLOT_COLOURS,
+    Series,
+    chart,
+    outline,
+    short_number,
+    slot_colour,
+    slot_shapes,
+    text_colour,
+)
 from launch.runfolder import METRICS, eval_path, read_lines, scenes_path, standing_lines
 from nsi.errors import UserError
 

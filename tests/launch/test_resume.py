@@ -10,12 +10,12 @@ import torch
 
 from cluster.checkpoints.checkpoint import Checkpoint, write_checkpoint
 from cluster.engine.state import MOMENTS, TrainingState
-from launch.build import make_backbone
 from launch.config import BackboneConfig, TrainConfig
-from launch.prepare import Parts
-from launch.resume import Progress, checkpoint_facts
-from launch.schedule import Plateau
 from launch.train import parse
+from launch.training.build import make_backbone
+from launch.training.prepare import Parts
+from launch.training.resume import Progress, checkpoint_facts
+from launch.training.schedule import Plateau
 from nsi.errors import UserError
 from tests.launch.prepared import prepared
 from tests.launch.test_training import SMALL

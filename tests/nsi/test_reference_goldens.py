@@ -19,8 +19,8 @@ import torch
 
 from launch.config import TrainConfig
 from launch.recipes import recipe_defaults
-from launch.schedule import Plateau, learning_rate
-from launch.step import StepSettings, losses_and_gradient
+from launch.training.schedule import Plateau, learning_rate
+from launch.training.step import StepSettings, losses_and_gradient
 from nsi.batch import Batch
 from nsi.maxsim import maxsim
 from nsi.model import NeuralSlotInterpreter, Output

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch.bench_loader import many_samples
+from launch.benches.loader import many_samples
 from shards.order import Order, rank_rows
 from shards.reading.dataset import open_split
 

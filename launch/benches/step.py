@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from launch.bench import Comparison
-from launch.bench_decoder import TextbookDecoder
-from launch.bench_forms import FEATURES, IMAGES, PATCHES, Form, compare_forms, device
+from launch.benches.comparison import Comparison
+from launch.benches.decoder import TextbookDecoder
+from launch.benches.forms import FEATURES, IMAGES, PATCHES, Form, compare_forms, device
 from nsi.loss import Rows, contrastive_sum
 from nsi.model import ModelConfig, NeuralSlotInterpreter, Output
 from nsi.noise import KeyedNoise
@@ -25,7 +25,7 @@ VOCABULARY, OBJECTS = (3, 4, 60), 10  # CLEVRTex's
 def comparisons(data: Path | None, scenes: int) -> Iterator[Comparison]:
     """Time and memory of a step as it comes, then with --recompute."""
     against = "the decoder's textbook form and all dot products at once"
-    return compare_forms("step", "launch.bench_step", against, run_of)
+    return compare_forms("step", "launch.benches.step", against, run_of)
 
 
 def run_of(form: Form) -> Callable[[], None]:

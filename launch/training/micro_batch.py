@@ -26,8 +26,8 @@ from cluster.collectives import collect, together
 from cluster.engine.config import EngineConfig, read_deepspeed_config
 from cluster.world import World
 from launch.config import TrainConfig
-from launch.prepare import DEEPSPEED_CONFIG, Parts
-from launch.step import Features, StepSettings, losses_and_gradient
+from launch.training.prepare import DEEPSPEED_CONFIG, Parts
+from launch.training.step import Features, StepSettings, losses_and_gradient
 from nsi.batch import Batch
 from nsi.errors import UserError
 from shards.loading.rows import SceneShape

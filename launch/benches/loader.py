@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from launch.bench import Comparison, compare, note, stopwatch
-from launch.bench_scenes import rendered
+from launch.benches.comparison import Comparison, compare, note, stopwatch
+from launch.benches.scenes import rendered
 from shards.decode import decode_image
 from shards.index import index_path
 from shards.loading.loader import rank_ids, training_batches

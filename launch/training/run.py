@@ -21,13 +21,13 @@ from cluster.watch.stop import StopRequest, deadline
 from cluster.watch.watchdog import watching
 from cluster.world import find_world
 from launch import runfolder
-from launch.choose import choose, load_chosen
 from launch.config import TrainConfig, check
-from launch.display import training_display
-from launch.guard import Guard
-from launch.micro_batch import micro_rows
-from launch.prepare import begin, prepare
-from launch.trainer import Means, Trainer, total_steps
+from launch.training.choose import choose, load_chosen
+from launch.training.display import training_display
+from launch.training.guard import Guard
+from launch.training.micro_batch import micro_rows
+from launch.training.prepare import begin, prepare
+from launch.training.trainer import Means, Trainer, total_steps
 from nsi.errors import UserError
 from shards.loading.workers import open_workers
 

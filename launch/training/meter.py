@@ -6,7 +6,7 @@ from cluster.engine.loss_scale import LossScale
 from cluster.records.clock import Clock, spent_since
 from cluster.records.events import Event
 from launch.config import TrainConfig
-from launch.step import StepResult
+from launch.training.step import StepResult
 from shards.order import Order
 
 

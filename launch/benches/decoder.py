@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from launch.bench import Comparison
-from launch.bench_forms import FEATURES, IMAGES, PATCHES, Form, compare_forms, device
+from launch.benches.comparison import Comparison
+from launch.benches.forms import FEATURES, IMAGES, PATCHES, Form, compare_forms, device
 from nsi.decoder import BroadcastDecoder
 from nsi.model import ModelConfig
 
@@ -39,7 +39,7 @@ class TextbookDecoder(nn.Module):
 
 def comparisons(data: Path | None, scenes: int) -> Iterator[Comparison]:
     """Time and memory of the decoder as it comes, then with --recompute."""
-    return compare_forms("decoder", "launch.bench_decoder", "the textbook form", run_of)
+    return compare_forms("decoder", "launch.benches.decoder", "the textbook form", run_of)
 
 
 def run_of(form: Form) -> Callable[[], None]:

@@ -24,15 +24,15 @@ from cluster.watch.watchdog import Watchdog
 from cluster.world import World
 from launch import runfolder
 from launch.config import TrainConfig
-from launch.meter import Meter
-from launch.nonfinite import advice, is_broken, report, suspects, write_report
-from launch.pictures import mask_sheet, pictures
-from launch.prepare import DEEPSPEED_CONFIG, Parts
-from launch.readings import Readings
-from launch.resume import Progress, checkpoint_facts, is_better
-from launch.schedule import Plateau, after_validation, learning_rate
-from launch.step import StepResult, StepSettings, training_step
-from launch.validation import validate
+from launch.training.meter import Meter
+from launch.training.nonfinite import advice, is_broken, report, suspects, write_report
+from launch.training.pictures import mask_sheet, pictures
+from launch.training.prepare import DEEPSPEED_CONFIG, Parts
+from launch.training.readings import Readings
+from launch.training.resume import Progress, checkpoint_facts, is_better
+from launch.training.schedule import Plateau, after_validation, learning_rate
+from launch.training.step import StepResult, StepSettings, training_step
+from launch.training.validation import validate
 from nsi.batch import Batch
 from nsi.errors import UserError
 from nsi.finetuned import BACKBONE

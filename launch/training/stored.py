@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launch.build import make_backbone
 from launch.config import BackboneConfig, DataConfig
+from launch.training.build import make_backbone
 from nsi.backbone import DCT, Backbone, absent_backbone, parameters_hash
 from nsi.errors import UserError
 from shards.manifest import MANIFEST, StoredFeatures

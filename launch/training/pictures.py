@@ -1,4 +1,4 @@
-"""Pictures of slots on images, for TensorBoard. The report draws its own, larger ones (launch/figures.py)."""
+"""Pictures of slots on images, for TensorBoard. The report draws its own, larger ones (launch/reporting/figures.py)."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ import torch
 
 from cluster.collectives import collect, share
 from cluster.engine.engine import Engine
-from launch.step import Features, StepResult, StepSettings, features_of, forward, micro_batches
+from launch.training.step import Features, StepResult, StepSettings, features_of, forward, micro_batches
 from nsi.batch import Batch
 
 LARGEST = 20  # parameters in a report

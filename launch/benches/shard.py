@@ -11,8 +11,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from launch.bench import Comparison, compared, note, stopwatch
-from launch.bench_scenes import copied
+from launch.benches.comparison import Comparison, compared, note, stopwatch
+from launch.benches.scenes import copied
 from nsi.errors import UserError
 from shards.sources.folder import list_folder
 from shards.sources.listing import is_scene_json, places_in

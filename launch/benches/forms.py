@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 
 from cluster.processes import use_gpus
-from launch.bench import ROUNDS, Comparison, compared, note, stopwatch
+from launch.benches.comparison import ROUNDS, Comparison, compared, note, stopwatch
 
 Form = Literal["ours", "recompute", "textbook"]  # as it comes, with --recompute, and as one would write it down
 
@@ -66,7 +66,7 @@ def _peak_kib() -> int:
 
 
 def _peak_elsewhere(module: str, form: Form) -> float:
-    code = f"from {module} import run_of; from launch.bench_forms import peak_mib; print(peak_mib(run_of({form!r})))"
+    code = f"from {module} import run_of; from launch.benches.forms import peak_mib; print(peak_mib(run_of({form!r})))"
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 

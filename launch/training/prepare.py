@@ -19,11 +19,11 @@ from cluster.engine.engine import check_deepspeed_config
 from cluster.records.prometheus import forget_endpoints
 from cluster.world import World
 from launch import runfolder
-from launch.build import make_backbone, make_model, standing_before
-from launch.compiling import compile_model
 from launch.config import TrainConfig, to_json
-from launch.resume import check_belongs, load_start
-from launch.stored import open_features
+from launch.training.build import make_backbone, make_model, standing_before
+from launch.training.compiling import compile_model
+from launch.training.resume import check_belongs, load_start
+from launch.training.stored import open_features
 from nsi.backbone import Backbone, parameters_hash
 from nsi.errors import UserError
 from nsi.model import NeuralSlotInterpreter, load_trained
@@ -35,7 +35,7 @@ from shards.order import Order
 from shards.reading.cache import ShardCache
 from shards.reading.dataset import Split, open_splits
 
-DEEPSPEED_CONFIG = Path(__file__).with_name("deepspeed.json")
+DEEPSPEED_CONFIG = Path(__file__).parents[1] / "deepspeed.json"
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ from cluster.engine.engine import Engine
 from cluster.engine.state import MOMENTS
 from cluster.processes import join, leave, use_gpus
 from cluster.world import find_world
-from launch.bench import ROUNDS, Comparison, compared, note, stopwatch
-from launch.bench_forms import FEATURES, IMAGES, PATCHES, timed
-from launch.bench_step import VOCABULARY, run_of
+from launch.benches.comparison import ROUNDS, Comparison, compared, note, stopwatch
+from launch.benches.forms import FEATURES, IMAGES, PATCHES, timed
+from launch.benches.step import VOCABULARY, run_of
 from launch.config import OptimConfig, WatchConfig
-from launch.prepare import DEEPSPEED_CONFIG
+from launch.training.prepare import DEEPSPEED_CONFIG
 from nsi.errors import UserError
 from nsi.model import ModelConfig, NeuralSlotInterpreter, undecayed
 
@@ -64,8 +64,8 @@ def _measured(ranks: int) -> dict[str, list[float]]:
         out = Path(folder) / "seconds.json"
         threads = {} if use_gpus() else {"OMP_NUM_THREADS": "1"}
         found = subprocess.run(
-            [*command, "-m", "launch.bench_checkpoint", str(out)],
-            cwd=Path(__file__).parents[1],
+            [*command, "-m", "launch.benches.checkpoint", str(out)],
+            cwd=Path(__file__).parents[2],
             env={**os.environ, **threads},
             capture_output=True,
             text=True,

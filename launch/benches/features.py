@@ -13,8 +13,8 @@ import timm
 import torch
 
 from launch import runfolder
-from launch.bench import Comparison, compared, note
-from launch.bench_scenes import rendered
+from launch.benches.comparison import Comparison, compared, note
+from launch.benches.scenes import rendered
 from nsi.errors import UserError
 
 BACKBONE, IMAGE_SIZE = "vit_tiny_patch16_224", 112  # a CPU's share of the default ViT-B/8: 49 patches of 192 features

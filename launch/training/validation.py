@@ -14,7 +14,7 @@ import torch
 
 from cluster.collectives import collect, gather_rows, sum_over_ranks
 from cluster.engine.engine import Engine
-from launch.step import StepSettings, features_of
+from launch.training.step import StepSettings, features_of
 from nsi.backbone import Backbone
 from nsi.batch import Batch
 from nsi.errors import UserError

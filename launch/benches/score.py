@@ -16,8 +16,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from cluster.processes import use_gpus
-from launch.bench import Comparison, compare, compared, note
-from launch.bench_forms import device, peak_mib, timed
+from launch.benches.comparison import Comparison, compare, compared, note
+from launch.benches.forms import device, peak_mib, timed
 from nsi.loss import Rows, contrastive_sum
 
 Side = Literal["ours", "dense"]
@@ -79,6 +79,6 @@ def main(side: Side, batch: int) -> None:
 
 
 def _elsewhere(side: Side, batch: int) -> tuple[float, float]:
-    command = [sys.executable, "-c", f"from launch.bench_score import main; main({side!r}, {batch})"]
+    command = [sys.executable, "-c", f"from launch.benches.score import main; main({side!r}, {batch})"]
     peak, seconds = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     return float(peak), float(seconds)

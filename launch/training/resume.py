@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from launch.config import TrainConfig, from_json, science, to_json
-from launch.schedule import Plateau
+from launch.training.schedule import Plateau
 from nsi.errors import UserError
 from nsi.finetuned import fitted
 from nsi.model import NeuralSlotInterpreter, load_trained

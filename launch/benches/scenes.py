@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch.bench import note
+from launch.benches.comparison import note
 from launch.progress import progress
 from shards.synthetic.write import VARIANT, scene_folder, scene_name, write_scenes
 
