@@ -166,6 +166,9 @@ def _gpus(known: Sequence[Findings]) -> list[Problem]:
         for place, gpu in enumerate(each.gpus[: each.gpus_asked])  # those that ranks will take
         if (text := _taken(place, gpu))
     ]
+    if len(known) == 1 and any(each.gpus for each in wanting):
+        # No majority to ask; but torch can use this node's GPUs, and the job was given more of them than are there.
+        return [*(Problem("gpus", "nodes", (each.node,), text) for each in wanting if (text := _too_few(each))), *taken]
     return [*_some("gpus", wanting, _too_few), *taken]
 
 

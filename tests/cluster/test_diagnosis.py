@@ -266,7 +266,12 @@ def test_a_node_that_sees_fewer(change: dict[str, Any], why: str) -> None:
 
 def test_a_build_for_cpus_on_nodes_with_gpus_is_the_jobs_fault() -> None:
     assert verdict(gpu_nodes(2, n0={"gpus": (), "cuda": ""}, n1={"gpus": (), "cuda": ""})) == (1, [])
-    assert verdict(gpu_nodes(1, n0={"gpus": (FREE,)})) == (1, [])
+    assert verdict(gpu_nodes(1, n0={"gpus": (), "cuda": ""})) == (1, [])
+
+
+def test_a_gpu_that_is_gone_from_a_single_node_is_the_nodes_fault() -> None:
+    assert verdict(gpu_nodes(1, n0={"gpus": (FREE,)})) == (3, ["n0"])
+    assert verdict(gpu_nodes(2, n0={"gpus": (FREE,)}, n1={"gpus": (FREE,)})) == (1, [])  # none has as many
 
 
 def test_a_gpu_that_somebody_holds_is_the_nodes_fault_even_on_a_single_node() -> None:
