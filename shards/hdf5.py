@@ -34,6 +34,7 @@ from shards.sources.legacy import (
     labels_name,
     open_images,
 )
+from shards.writing.disk import sync
 
 PUBLIC_SIZE = 128  # what the public build script squashes pictures to
 PROGRAM_SPACE = "program_space.json"
@@ -67,7 +68,7 @@ def write_hdf5(shards: Path, out: Path, size: int = PUBLIC_SIZE, *, report: Call
         _write_scenes(unfinished, splits, size, source, report)
         for name in names:
             (unfinished / name).rename(out / name)
-            _sync(out)  # so that no crash leaves the images alone
+            sync(out)  # so that no crash leaves the images alone
         shutil.rmtree(unfinished)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
@@ -187,11 +188,3 @@ def _check_space(out: Path, wanted: int) -> None:
 def _flush(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
