@@ -28,7 +28,7 @@ with watching(watchdog):
     for step in range(1, 6):
         clock.enter("step", step)
         any_rank(False)
-        watchdog.note(0.3 if world.rank == int(faulty) else 1.0 if step == 3 else 0.1)  # one slow step is none
+        watchdog.note(0.3 if world.rank == int(faulty) else 1.0 if step == 5 else 0.1)  # one slow step makes none
     if what == "slow":
         deadline = time.monotonic() + 60
         while not watchdog.slowness() and time.monotonic() < deadline:
