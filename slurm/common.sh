@@ -59,12 +59,14 @@ mkdir -p logs || fail "$PWD/logs: cannot be made; submit from a folder that can 
 end="$(squeue --noheader --jobs="$job" --format=%e)"
 [[ $end != 20* ]] || export SLURM_JOB_END_TIME="${SLURM_JOB_END_TIME:-$(date -d "$end" +%s)}"
 
-# Slurm's record of the job in one line. A controller that restarts or is busy is asked again.
+# Slurm's record of the job in one line. A controller that restarts, is busy or is out of reach is asked again.
 record() {
     local tries
-    for ((tries = 0; tries < 12; tries++)); do
-        scontrol show job --oneliner "$job" && return 0 # by a trap, a bare return has the status before the signal
+    scontrol show job --oneliner "$job" && return 0 # by a trap, a bare return has the status before the signal
+    echo "job $job: asking again for an hour" >&2
+    for ((tries = 0; tries < 720; tries++)); do
         sleep 5
+        scontrol show job --oneliner "$job" 2>/dev/null && return 0
     done
     return 1
 }
@@ -167,12 +169,20 @@ unstage() {
 # Ends this start of the job and queues it again: `back_to_queue REASON [NODES]`, without these nodes from now on. At
 # most NSI_MAX_RESTARTS times.
 back_to_queue() {
-    local most="${NSI_MAX_RESTARTS:-20}" nodes_out="${2:-}" now before tries
+    local most="${NSI_MAX_RESTARTS:-20}" nodes_out="${2:-}" now ended_here before tries
     # Slurm ends this script once the job is requeued, and the nodes can be left out only after that has begun.
     trap '' TERM USR1
     now="$(record)" || fail "$1, but slurmctld does not answer; submit the job again"
-    # Any other state is Slurm's to end or requeue. And on a node that was cut off a script lives on when Slurm has long
-    # begun another elsewhere; once the node is back it must not put that one into the queue.
+    # On a node that was cut off a script lives on when Slurm has long given the job to others; once the node is back it
+    # must not put theirs into the queue. Nor end by itself: slurmd would take the job for running until Slurm ends it
+    # there, as it does with what it finds on a node that returns, and drain the node should the job come there again.
+    ended_here="*JobState=COMPLETING*BatchHost=$SLURMD_NODENAME *"
+    # shellcheck disable=SC2053 # a pattern
+    if [[ "$now " != *" Restarts=$restart "* && "$now " != $ended_here ]]; then
+        echo "job $job: $1; others have this job now, and Slurm ends what is left of it here"
+        exec sleep 3600
+    fi
+    # Any other state is Slurm's to end or requeue.
     if [[ "$now " != *" Restarts=$restart "* || "$now " != *" JobState=RUNNING "* ]]; then
         echo "job $job: $1; Slurm has ended this start already"
         exit 1
