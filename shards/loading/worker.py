@@ -97,7 +97,7 @@ def _fill_row(
     except Damaged:
         if source.cache is None:
             raise
-        return fill_row(rows, row, sample, reader.read_anew(sample.span), source, squash_size)
+        return fill_row(rows, row, sample, reader.read_anew(sample.span, data), source, squash_size)
 
 
 def _map(file: int, shape: BatchShape) -> Rows:

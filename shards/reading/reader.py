@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -54,10 +55,15 @@ class SpanReader:
                 mark_used(self._maps[shard].path)
         return slices
 
-    def read_anew(self, span: Span) -> memoryview | bytes:
-        """A span once more, from a fresh copy of its shard where the cache has a damaged one."""
-        if (mapped := self._maps.pop(span.shard, None)) and self._cache:
-            mapped.path.unlink(missing_ok=True)
+    def read_anew(self, span: Span, damaged: memoryview | bytes) -> memoryview | bytes:
+        """A span once more where its bytes were damaged: from another copy of its shard than theirs."""
+        mapped = self._maps.get(span.shard)
+        # Else another span of the same damaged copy was first, and there is a fresh one already.
+        if self._cache and mapped and isinstance(damaged, memoryview) and damaged.obj is mapped.view.obj:
+            del self._maps[span.shard]
+            with suppress(FileNotFoundError):
+                if mapped.path.stat().st_ino == mapped.inode:  # else another process was first
+                    mapped.path.unlink()
         return self.read([span])[0]
 
     def _slices(self, spans: Sequence[Span]) -> list[memoryview | bytes]:
@@ -107,6 +113,7 @@ class SpanReader:
 class _Map(NamedTuple):
     path: Path
     view: memoryview
+    inode: int
 
 
 def _map(path: Path, size: int) -> _Map:
@@ -114,10 +121,11 @@ def _map(path: Path, size: int) -> _Map:
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            inode = os.fstat(file.fileno()).st_ino
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:  # ValueError: an empty file
         raise UserError(f"{path}: cannot be read ({error}); restore the shard") from None
     if len(mapped) != size:
         raise UserError(f"{path}: has {len(mapped)} bytes, the manifest says {size}; restore the shard")
-    return _Map(path, memoryview(mapped))
+    return _Map(path, memoryview(mapped), inode)

@@ -146,6 +146,20 @@ def test_a_map_outlives_its_copy(server: FileServer, cache: ShardCache) -> None:
     assert server.asked(A) == 1
 
 
+def test_a_damaged_copy_is_replaced_once(server: FileServer, cache: ShardCache) -> None:
+    """For all of its spans, and all processes that had it mapped."""
+    readers = [SpanReader(open_storage(server.url, QUICK), cache, FINGERPRINT) for _ in range(2)]
+    spans = [span(A, 0, 10), span(A, 50, 10)]
+    readers[0].read(spans)
+    copy = cache.folder / FINGERPRINT[:16] / A
+    copy.write_bytes(bytes(len(FILES[A])))  # as by a disk that lost it
+    for reader, damaged in [(reader, reader.read(spans)) for reader in readers]:
+        assert damaged == [bytes(10)] * 2
+        assert [reader.read_anew(*each) for each in zip(spans, damaged, strict=True)] == expected(spans)
+    assert server.asked(A) == 2
+    assert copy.read_bytes() == FILES[A]
+
+
 class Crowded(ShardCache):
     """A cache whose copies other processes evict before they are opened, so many times."""
 
