@@ -18,7 +18,7 @@ Pace = Callable[[int], str]
 
 @contextlib.contextmanager
 def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Yields a function that is told how much is done so far: `advance(done_so_far)`.
+    """Yields a function that is told how much is done so far: `advance(done_so_far)`. A total of 0 is not known.
 
     What the first report counts is the starting point of the rate: scenes that were there before the run took
     no time, and the way up to the first report is starting, not working.
@@ -56,7 +56,8 @@ def pace_of(total: int, unit: str, clock: Clock = time.monotonic) -> Pace:
         if seconds <= 0 or worked <= 0:
             return ""
         rate = worked / seconds
-        return f"{_short(rate)} {unit}/s, {_clock_text((total - done) / rate)} left"
+        left = f", {_clock_text((total - done) / rate)} left" if total else ""
+        return f"{_short(rate)} {unit}/s{left}"
 
     return pace
 
@@ -71,7 +72,7 @@ def _lines(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]
         if time.monotonic() - last < PLAIN_EVERY_S:
             return
         last = time.monotonic()
-        counted = f"{title}: {done}/{total} {unit}"
+        counted = f"{title}: {done}/{total} {unit}" if total else f"{title}: {done} {unit}"
         print(f"{counted}, {text}" if text else counted, file=sys.stderr, flush=True)
 
     yield advance
@@ -85,7 +86,7 @@ def _bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     pace = pace_of(total, unit)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total, pace="")
+        task = bar.add_task(title, total=total or None, pace="")
         yield lambda done: bar.update(task, completed=done, pace=pace(done))
 
 

@@ -28,7 +28,7 @@ from shards.writing.splits import SplitRule
 from shards.writing.survey import Survey, survey_folders, survey_scenes
 from shards.writing.target import UNFINISHED, check_target, finished, leaving_nothing
 from shards.writing.transform import Encoding, Transform, parse_size
-from shards.writing.write import Part, merge_shards, write_shards
+from shards.writing.write import Part, count_scenes, merge_shards, write_shards
 
 _SPOOL = "spool"
 
@@ -113,8 +113,7 @@ def _shard(config: ShardConfig, part: Part | None) -> None:
     tidy = nullcontext() if part else leaving_nothing(config.out)
     with without_gc(), tidy, process_pool(config.workers, config.out) as pool:
         survey = _survey(config, pool)
-        count = len(survey.scenes)
-        with progress("writing shards", count, unit="scenes") as advance:
+        with progress("writing shards", count_scenes(survey, settings, part), unit="scenes") as advance:
             manifest = write_shards(survey, settings, config.out, pool, advance, part)
     if part:
         print(f"{config.out}: part {part.number}/{part.count} is there; when all are: nsi shard {config.out} --merge")
@@ -130,8 +129,11 @@ def _check_made_from(config: ShardConfig, settings: Settings) -> None:
     manifest = finished(config.out)
     assert manifest is not None
     splits = open_splits(config.out, list(manifest.splits))
-    for split in splits:
-        split.check_complete()
+    try:
+        for split in splits:
+            split.check_complete()
+    except UserError as error:
+        raise UserError(f"{error} (the same archive, written into another folder, has the same shards)") from None
     for source in filter(is_stream, config.sources):
         key, raw = first_scene(source)
         found = [split.read(sample, "json") for split in splits if (sample := split.find(key)) is not None]

@@ -38,5 +38,8 @@ def run(config: VerifyConfig) -> None:
         print(fault)
     if faults:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise UserError(f"{config.shards}: {count}; restore what is named above or write the shards again")
+        raise UserError(
+            f"{config.shards}: {count}; restore what is named above, or remove those tars and give the command again "
+            "that wrote them (made straight from an archive: into another folder, to copy them from there)"
+        )
     print(f"{config.shards}: {total} samples, all as they were written (fingerprint {manifest.fingerprint[:12]})")

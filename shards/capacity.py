@@ -20,7 +20,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from shards.manifest import Manifest
+from shards.manifest import Manifest, ShardTable
 from shards.order import BLOCK_SHARDS
 
 MAPS_KEPT = 64  # shards that a data worker keeps mapped
@@ -175,7 +175,7 @@ def capacity(
         cache=Cache(
             bytes_an_epoch_at_most=data.bytes,
             bytes_an_epoch_all_nodes_at_most=data.bytes * world.nodes,
-            bytes_needed=_largest(table.bytes_S, max(2 * BLOCK_SHARDS, open_shards.a_batch_at_most)),
+            bytes_needed=cache_needed(table, world.batch_size),
             bytes_needed_to_fetch_once=data.bytes,
         ),
         open_shards=open_shards,
@@ -186,6 +186,11 @@ def capacity(
             ranks_a_node=world.ranks_a_node,
         ),
     )
+
+
+def cache_needed(table: ShardTable, batch_size: int) -> int:
+    """Bytes of a node's cache that holds the block of shards that is read and the next one, whichever these are."""
+    return _largest(table.bytes_S, max(2 * BLOCK_SHARDS, shards_touched(table.samples_S, batch_size)))
 
 
 def shards_touched(samples_S: np.ndarray, positions: int, block_shards: int = BLOCK_SHARDS) -> int:

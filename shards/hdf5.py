@@ -34,7 +34,7 @@ from shards.sources.legacy import (
     labels_name,
     open_images,
 )
-from shards.writing.disk import sync
+from shards.writing.disk import held, sync
 
 PUBLIC_SIZE = 128  # what the public build script squashes pictures to
 PROGRAM_SPACE = "program_space.json"
@@ -48,7 +48,8 @@ def write_hdf5(shards: Path, out: Path, size: int = PUBLIC_SIZE, *, report: Call
 
     Memory holds one picture and the labels of one split (about 2 KB a scene: the format has them in one piece). A
     run that was cut begins again; a folder that is complete is left as it is. `report` is told how many scenes are
-    done. Raises UserError where OUT holds anything else, or where it cannot be written.
+    done. Raises UserError where OUT holds anything else, where another run is writing in it, or where it cannot be
+    written.
     """
     if size < 1:
         raise UsageError(f"pictures of {size} pixels: give 1 or more, {PUBLIC_SIZE} as the public code does")
@@ -61,15 +62,19 @@ def write_hdf5(shards: Path, out: Path, size: int = PUBLIC_SIZE, *, report: Call
     if _is_complete(out, names, source):
         report(sum(map(len, splits)))
         return
+    _check_target(out, source)
     try:
-        unfinished = _open_folder(out, source)
-        _check_space(out, sum(map(len, splits)) * size**2 * _PIXEL_BYTES)
-        _write_names(unfinished, manifest.vocabulary)
-        _write_scenes(unfinished, splits, size, source, report)
-        for name in names:
-            (unfinished / name).rename(out / name)
-            sync(out)  # so that no crash leaves the images alone
-        shutil.rmtree(unfinished)
+        unfinished = out / f"{_UNFINISHED}{source}"
+        unfinished.mkdir(parents=True, exist_ok=True)
+        with held(out, shared=False):
+            (unfinished / IMAGES).unlink(missing_ok=True)  # before the free space is counted
+            _check_space(out, sum(map(len, splits)) * size**2 * _PIXEL_BYTES)
+            _write_names(unfinished, manifest.vocabulary)
+            _write_scenes(unfinished, splits, size, source, report)
+            for name in names:
+                (unfinished / name).rename(out / name)
+                sync(out)  # so that no crash leaves the images alone
+            shutil.rmtree(unfinished)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise UserError(
@@ -160,20 +165,16 @@ def _is_complete(out: Path, names: Sequence[str], source: str) -> bool:
     return True
 
 
-def _open_folder(out: Path, source: str) -> Path:
-    """Makes or continues OUT and returns its folder of unfinished files. Raises UserError where OUT has others."""
-    unfinished = out / f"{_UNFINISHED}{source}"
+def _check_target(out: Path, source: str) -> None:
+    """Raises UserError where OUT is there and holds something else than what a run on its way left."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; choose a folder to write to")
-    if out.exists() and not unfinished.exists():
+    if out.exists() and not (out / f"{_UNFINISHED}{source}").exists():
         names = [path.name for path in out.iterdir()]
         if any(name.startswith(_UNFINISHED) for name in names):
             raise UserError(f"{out}: was begun with other shards or another size; remove it or choose another folder")
         if names:
             raise UserError(f"{out}: is not empty; choose another folder")
-    unfinished.mkdir(parents=True, exist_ok=True)
-    (unfinished / IMAGES).unlink(missing_ok=True)  # before the free space is counted
-    return unfinished
 
 
 def _check_space(out: Path, wanted: int) -> None:

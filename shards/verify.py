@@ -83,29 +83,47 @@ def _verify_shard(job: _Job) -> tuple[Shard, list[str], list[str]]:
     """The keys of one shard, and its faults."""
     storage, shard, expected = job
     where = storage.where(shard.name)
+    faults: list[str] = []
+    records = data = None
+    try:
+        records = _read_index(storage, shard)
+        if len(records) != shard.samples:
+            faults.append(f"{where}: its index lists {len(records)} samples, the manifest {shard.samples}")
+    except UserError as error:
+        faults.append(str(error))
     try:
         data = _read(storage, shard.name)
-        index = storage.read(index_name(shard.name))
+        if xxhash.xxh3_128_hexdigest(data) != shard.xxh3_128:
+            faults += _damage(where, data, records, shard)
+        elif records is not None:
+            faults += _misfits(where, data, records, storage)
+        if records is None:  # the tar tells what it holds
+            records = build_index(where, data)
     except UserError as error:
-        return shard, [], [str(error)]
-    if hashlib.sha256(index).hexdigest() != shard.index_sha256:
-        name = storage.where(index_name(shard.name))
-        return shard, [], [f"{name}: is not the index that was written (sha256 differs from the manifest)"]
-    records = parse_index(index, storage.where(index_name(shard.name)))
-    faults = [] if len(records) == shard.samples else [_miscounted(where, len(records), shard)]
-    if xxhash.xxh3_128_hexdigest(data) != shard.xxh3_128:
-        faults += _damage(where, data, records, shard)
-    else:
-        faults += _misfits(where, data, records, storage)
-    for record in records:
-        key = record["key"].decode()
-        members = {member: _member(data, record, member) for member in MEMBERS}
-        if all(xxhash.xxh3_64_intdigest(members[member]) == record[member]["xxh3"] for member in MEMBERS):
-            faults += [
-                f"{where}: {key} at offset {int(record['image']['offset'])}: {fault}"
-                for fault in _sample_faults(key, members, expected)
-            ]
+        faults.append(str(error))
+    if records is None:
+        return shard, [], faults
+    if data is not None:
+        faults += [f"{where}: {fault}" for record in records for fault in _record_faults(data, record, expected)]
     return shard, [record["key"].decode() for record in records], faults
+
+
+def _record_faults(data: memoryview, record: Any, expected: _Expected) -> Iterator[str]:
+    """The faults of one sample's content, where its members have their checksums."""
+    if all(_is_whole(data, record, member) for member in MEMBERS):
+        key = record["key"].decode()
+        members = {member: bytes(_member(data, record, member)) for member in MEMBERS}
+        for fault in _sample_faults(key, members, expected):
+            yield f"{key} at offset {int(record['image']['offset'])}: {fault}"
+
+
+def _read_index(storage: Storage, shard: Shard) -> np.ndarray:
+    """The records of a shard's index. Raises UserError where it is missing or not the one that was written."""
+    name = index_name(shard.name)
+    data = storage.read(name)
+    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+        raise UserError(f"{storage.where(name)}: is not the index that was written (sha256 differs from the manifest)")
+    return parse_index(data, storage.where(name))
 
 
 def _read(storage: Storage, name: str) -> memoryview:
@@ -121,21 +139,19 @@ def _read(storage: Storage, name: str) -> memoryview:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _miscounted(where: str, count: int, shard: Shard) -> str:
-    return f"{where}: its index lists {count} samples, the manifest {shard.samples}"
-
-
-def _damage(where: str, data: memoryview, records: np.ndarray, shard: Shard) -> list[str]:
+def _damage(where: str, data: memoryview, records: np.ndarray | None, shard: Shard) -> list[str]:
     """Where a tar differs from what was written: its members, as far as they tell, else the bytes between them."""
     faults = [f"{where}: its bytes are not those that were written (xxh3-128 differs from the manifest)"]
     if len(data) != shard.bytes:
         faults.append(f"{where}: has {len(data)} bytes, the manifest says {shard.bytes}")
+    if records is None:
+        return faults
     broken = [
         f"{where}: {member} of {record['key'].decode()} at offset {int(record[member]['offset'])} "
         "does not have its checksum"
         for record in records
         for member in MEMBERS
-        if xxhash.xxh3_64_intdigest(_member(data, record, member)) != record[member]["xxh3"]
+        if not _is_whole(data, record, member)
     ]
     if not broken and len(data) == shard.bytes:
         faults.append(f"{where}: all samples are whole, so a header or the padding between them is damaged")
@@ -150,9 +166,15 @@ def _misfits(where: str, data: memoryview, records: np.ndarray, storage: Storage
     return [] if fits else [f"{where}: its index does not fit it"]
 
 
-def _member(data: memoryview, record: Any, member: str) -> bytes:
+def _is_whole(data: memoryview, record: Any, member: str) -> bool:
+    """Whether a member has its checksum; one that a sample does not have (no mask, say) has none to have."""
+    place = record[member]
+    return not place["size"] or xxhash.xxh3_64_intdigest(_member(data, record, member)) == place["xxh3"]
+
+
+def _member(data: memoryview, record: Any, member: str) -> memoryview:
     offset, size = int(record[member]["offset"]), int(record[member]["size"])
-    return bytes(data[offset : offset + size])
+    return data[offset : offset + size]
 
 
 def _sample_faults(key: str, members: dict[str, bytes], expected: _Expected) -> Iterator[str]:

@@ -28,6 +28,7 @@ from nsi.backbone import Backbone, parameters_hash
 from nsi.errors import UserError
 from nsi.model import NeuralSlotInterpreter, load_trained
 from nsi.schema import Vocabulary
+from shards.capacity import cache_needed
 from shards.loading.loader import check_fits
 from shards.loading.rows import SceneShape
 from shards.manifest import Manifest
@@ -81,6 +82,11 @@ def prepare(config: TrainConfig, speak: bool, first_of_node: bool, restored: Che
         backbone = make_backbone(config.backbone, config.data.image_size)
         backbone_hash = parameters_hash(backbone)
     warn = _warn if speak else lambda text: None
+    if cache and (needed := cache_needed(train_rows.table, config.optim.batch_size)) > cache.limit_bytes:
+        warn(
+            f"--cache_gb {config.data.cache_gb:g}: shards that are read at a time take up to {needed / 1e9:.3g} GB, so "
+            "they will be fetched again and again; give that much, or leave --cache_path out and read by ranges"
+        )
     if restored:
         check_belongs(restored, config, train_split, backbone_hash, warn)
     model = make_model(config, train_split.manifest.vocabulary, backbone)

@@ -18,7 +18,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -39,7 +39,8 @@ _PART = re.compile(r"(?P<shard>.+)\.(?P<reserved>\d+)\.part")
 class ShardCache:
     """A folder of verified copies, of at most `limit_bytes` together, downloads under way included.
 
-    Copies that were evicted while a process has them mapped go on taking disk until it lets go of them.
+    Copies that were evicted while a process has them mapped go on taking disk until it lets go of them, when it reads
+    again.
     """
 
     folder: Path
@@ -130,8 +131,9 @@ class ShardCache:
             names = set(os.listdir(folder))
             for shard in (name.removesuffix(".lock") for name in names if name.endswith(".lock")):
                 if shard in names:
-                    found = (folder / shard).stat()
-                    copies.append(_Copy(folder / shard, found.st_size, found.st_mtime_ns))
+                    with suppress(FileNotFoundError):  # damaged, and removed by who found that since the listing
+                        found = (folder / shard).stat()
+                        copies.append(_Copy(folder / shard, found.st_size, found.st_mtime_ns))
             for part in filter(None, map(_PART.fullmatch, names)):
                 if f"{part['shard']}.lock" in names and _is_under_way(folder / part["shard"], folder / part[0]):
                     reserved += int(part["reserved"])

@@ -50,8 +50,11 @@ class SpanReader:
         if self._cache is None:
             return [*self._storage.read_ranges([(span.shard, span.offset, span.size) for span in spans])]
         slices = self._slices(spans)
+        for shard, mapped in list(self._maps.items()):
+            if not mapped.has_its_name():  # evicted, and it would take its room on the disk until it is let go of
+                del self._maps[shard]
         for shard in {span.shard for span in spans} & self._maps.keys():
-            with suppress(FileNotFoundError):  # evicted: the map is good all the same
+            with suppress(FileNotFoundError):
                 mark_used(self._maps[shard].path)
         return slices
 
@@ -62,7 +65,7 @@ class SpanReader:
         if self._cache and mapped and isinstance(damaged, memoryview) and damaged.obj is mapped.view.obj:
             del self._maps[span.shard]
             with suppress(FileNotFoundError):
-                if mapped.path.stat().st_ino == mapped.inode:  # else another process was first
+                if mapped.has_its_name():  # else another process was first
                     mapped.path.unlink()
         return self.read([span])[0]
 
@@ -114,6 +117,13 @@ class _Map(NamedTuple):
     path: Path
     view: memoryview
     inode: int
+
+    def has_its_name(self) -> bool:
+        """Whether what is mapped is still what others find by its path."""
+        try:
+            return self.path.stat().st_ino == self.inode
+        except FileNotFoundError:
+            return False
 
 
 def _map(path: Path, size: int) -> _Map:

@@ -108,6 +108,8 @@ def _read_scene(name: str, members: Mapping[str, Place], names: Names) -> Scene:
     where = describe(place, name)
     if place.size > JSON_LIMIT:
         raise UserError(f"{where}: {place.size} bytes, more than any scene's JSON; fetch the scene again or remove it")
+    if not _is_text(name):
+        raise UserError(f"{where}: its name is no UTF-8; rename the scene")
     if "." in name.removesuffix(".json"):
         raise UserError(f"{where}: a key ends at its first dot when shards are read; rename the scene")
     data = read_place(place)
@@ -146,6 +148,14 @@ def _pictures(key: str, members: Mapping[str, Place], facts: dict, where: str) -
         if members[name].size > PICTURE_LIMIT:
             raise UserError(f"{describe(members[name], name)}: {members[name].size} bytes, too large for a picture")
     return members[image], members[mask]
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # bytes of another encoding, in a folder or in an archive
+        return False
+    return True
 
 
 def _plain_name(name: object, where: str) -> str:

@@ -38,6 +38,7 @@ class HdfRow(NamedTuple):
     split: str
     row: int
     size: int  # of its pixels as bytes
+    glimpse: bytes = b""  # a digest over some of its lines, since all rows have the same size
 
 
 class Scene(NamedTuple):

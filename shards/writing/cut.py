@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from nsi.errors import UsageError
 from shards.manifest import Manifest, shard_name
-from shards.sources.scene import Scene
+from shards.sources.scene import HdfRow, Scene
 from shards.writing.splits import SplitRule, followed_rule, split_scenes
 from shards.writing.survey import Survey
 from shards.writing.transform import Transform
@@ -76,11 +76,12 @@ def may_be_cut_so(manifest: Manifest, settings: Settings) -> bool:
 
 
 def _scenes_digest(scenes: Sequence[Scene]) -> str:
-    """A digest over what scenes hold: their JSONs, and the sizes of their pictures, so as not to read them here."""
+    """A digest over what scenes hold: their JSONs, and what is known of their pictures without reading these here."""
     digest = hashlib.sha256()
     for scene in scenes:
         sizes = (scene.image.size, scene.mask.size if scene.mask else 0)
-        digest.update(scene.key.encode() + scene.digest + b"%d %d\n" % sizes)
+        glimpse = scene.image.glimpse if isinstance(scene.image, HdfRow) else b""
+        digest.update(scene.key.encode() + scene.digest + glimpse + b"%d %d\n" % sizes)
     return digest.hexdigest()
 
 

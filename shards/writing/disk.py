@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -45,10 +46,11 @@ def place(out: Path, packed: Packed) -> None:
 
 
 def is_whole(out: Path, shard: Shard) -> bool:
-    """Whether a shard is there with its index and as long as it was written. `nsi verify` looks into them."""
+    """Whether a shard is there as long as it was written, and its index as it was. `nsi verify` looks into both."""
     path = out / shard.name
     try:
-        return path.stat().st_size == shard.bytes and index_path(path).exists()
+        index = hashlib.sha256(index_path(path).read_bytes()).hexdigest()
+        return path.stat().st_size == shard.bytes and index == shard.index_sha256
     except OSError:
         return False
 

@@ -47,7 +47,7 @@ def leaving_nothing(out: Path) -> Iterator[None]:
     except BaseException:
         # A spool that has members stays, and all above it; so does what another run is writing.
         with suppress(OSError, UserError), held(out, shared=False):
-            if notes in made and not any(notes.glob("*.tar.json")):
+            if notes in made and not any(notes.glob("*.tar.json")) and not any(out.glob("*.tar")):
                 remove_leftovers(out)
                 (notes / PLAN).unlink(missing_ok=True)
                 for folder in made:

@@ -11,7 +11,6 @@ the same folder.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from shards.manifest import MANIFEST, Manifest, Shard, ShardTable, read_manifest
 from shards.processes import as_they_end
 from shards.temporary import TEMPORARY, remove_leftovers
 from shards.writing.cut import Plan, Settings, ShardPlan, cut
-from shards.writing.disk import cannot_write, held, place, sync, write_file
+from shards.writing.disk import cannot_write, held, is_whole, place, sync, write_file
 from shards.writing.mend import mend
 from shards.writing.pack import Job, Packed, pack_shard
 from shards.writing.survey import Survey
@@ -76,7 +75,7 @@ def write_shards(
             raise UserError(f"{out}: holds the shards of other scenes or settings; choose another folder")
         with held(out, shared=part is not None):
             mend(out, manifest, mine, settings.transform, pool)
-        report(sum(len(shard.scenes) for shard in plan.shards))
+        report(sum(len(shard.scenes) for shard in mine))
         return manifest
     check_target(out)
     try:
@@ -91,6 +90,11 @@ def write_shards(
         raise (cannot_write(out, error) if isinstance(error, OSError) else error) from error
 
 
+def count_scenes(survey: Survey, settings: Settings, part: Part | None) -> int:
+    """How many scenes `write_shards` has to write."""
+    return sum(len(shard.scenes) for shard in part.share(cut(survey, settings).shards)) if part else len(survey.scenes)
+
+
 def merge_shards(out: Path) -> Manifest:
     """Writes the manifest over the shards of all parts. Raises UserError, naming them, where some are missing."""
     if manifest := finished(out):
@@ -98,7 +102,8 @@ def merge_shards(out: Path) -> Manifest:
     notes = out / UNFINISHED
     try:
         plan = json.loads((notes / PLAN).read_text())
-    except (OSError, ValueError):
+        plan["shards"]  # a feature store under way has none
+    except (OSError, ValueError, KeyError):
         raise UserError(f"{out}: holds no parts; write them with `nsi shard SOURCE {out} --part 1/N` ...") from None
     done = [_read_note(out, notes, name, scenes) for name, scenes in plan["shards"]]
     _check_all_there(out, plan, done)
@@ -186,11 +191,9 @@ def _read_note(out: Path, notes: Path, name: str, scenes: str) -> Note | None:
             tuple(content["mask_size"]) if content["mask_size"] else None,
             content["objects"],
         )
-        index = hashlib.sha256(index_path(out / name).read_bytes()).hexdigest()
-        whole = (out / name).stat().st_size == note.shard.bytes and index == note.shard.index_sha256
     except (OSError, ValueError, KeyError, TypeError):  # not written yet, or torn by a crash of the machine
         return None
-    return note if whole and note.scenes == scenes else None
+    return note if note.scenes == scenes and is_whole(out, note.shard) else None
 
 
 def _open_folder(out: Path, survey: Survey, settings: Settings, plan: Plan, part: Part | None) -> Path:
@@ -221,7 +224,7 @@ def _check_begun(out: Path, path: Path, content: dict[str, Any], part: Part | No
     if not path.exists():
         return
     begun = json.loads(path.read_text())
-    if any(begun[name] != content[name] for name in ("variant", "settings")):
+    if any(begun.get(name) != content[name] for name in ("variant", "settings")):
         raise UserError(f"{out}: was begun with other scenes or settings; remove it or choose another folder")
     if part and begun["parts"] and begun["digest"] != content["digest"]:
         raise UserError(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from launch.benches import score
+from launch.benches import score, shard
 from launch.benches.comparison import compared
 from launch.cli import run as nsi
 
@@ -58,6 +59,16 @@ def test_the_score_takes_less_memory_than_the_dense_form() -> None:
     assert (time.name, memory.name) == ("score/time", "score/memory")
     assert time.ratio > 0
     assert memory.ratio > 5
+
+
+def test_only_what_is_sharded_is_copied(scenes: Path, tmp_path: Path) -> None:
+    """CLEVRTex's folders hold fifteen times as many bytes of the renderer's other passes."""
+    source = Path(shutil.copytree(scenes, tmp_path / "source"))
+    wanted = {path.relative_to(source) for path in source.rglob("CLEVRTEX*.*")}
+    for folder in {path.parent for path in source.rglob("*.json")}:
+        (folder / f"{folder.name}_depth_0003.png").write_bytes(b"x")
+    linked = shard.linked(source, tmp_path / "linked")
+    assert {path.relative_to(linked) for path in linked.rglob("*") if path.is_file()} == wanted
 
 
 def test_too_few_scenes(capsys: pytest.CaptureFixture[str]) -> None:

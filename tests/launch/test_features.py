@@ -141,7 +141,9 @@ def test_verify_checks_a_store(store: Path, int8: Path, tmp_path: Path) -> None:
     assert "54 samples, all as they were written" in done(nsi("verify", int8, "--workers", 1))
     copy = Path(shutil.copytree(store, tmp_path / "copy"))
     flip(copy, "train", 13)
-    assert "2 faults" in refused(nsi("verify", copy, "--workers", 1))
+    said = nsi("verify", copy, "--workers", 1)
+    assert f"{copy}: 2 faults;" in refused(said)
+    assert "train-000001.tar: image of" in said.out
 
 
 # --- writing ---

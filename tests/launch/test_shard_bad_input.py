@@ -285,3 +285,18 @@ def test_hdf5_files_in_the_way(source: Path, tmp_path: Path) -> None:
     assert "manifest.json: missing" in refused(nsi("shard", "--to_hdf5", source, tmp_path / "other"))
     assert not (tmp_path / "other").exists()
     assert contents(tmp_path / "out") == {"thesis.txt": b"precious"}
+
+
+def test_a_name_in_another_encoding(files: Files, tmp_path: Path) -> None:
+    source = write_files(files, tmp_path / "source")
+    scene = next(source.rglob("CLEVRTEX*.json"))
+    shutil.copy(bytes(scene), bytes(scene.parent) + b"/CLEVRTEX\xe9.json")
+    assert "its name is no UTF-8; rename the scene" in refused(shard(source, tmp_path / "out"))
+
+
+def test_a_feature_store_that_is_on_its_way(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / ".unfinished").mkdir(parents=True)
+    (out / ".unfinished" / "plan.json").write_text('{"backbone": "dct"}')
+    assert "holds no parts" in refused(shard(out, "--merge"))
+    assert "was begun with other scenes or settings" in refused(shard(source, out))

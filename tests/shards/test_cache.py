@@ -208,6 +208,14 @@ def test_a_limit_below_one_shard(storage: Storage, tmp_path: Path, server: FileS
     assert get(ShardCache(tmp_path, SHARD), storage, A).exists()
 
 
+def test_a_copy_that_goes_while_room_is_made_is_no_error(cache: ShardCache, storage: Storage) -> None:
+    """Its name was listed, and whoever found it damaged has removed it since."""
+    copy = get(cache, storage, A)
+    copy.unlink()
+    copy.symlink_to("nowhere")
+    assert get(cache, storage, B).exists()
+
+
 def test_other_peoples_files_stay(cache: ShardCache, storage: Storage) -> None:
     theirs = [cache.folder / "scene.png", cache.folder / "mine" / A, cache.folder / FINGERPRINT[:16] / "notes.txt"]
     for path in theirs:

@@ -188,6 +188,21 @@ def test_a_crash_between_the_renames_is_made_good(few: Path, tmp_path: Path) -> 
     assert contents(out) == before
 
 
+def test_a_second_run_beside_the_first_is_told_so(few: Path, tmp_path: Path) -> None:
+    out, begun = tmp_path / "out", []
+
+    def beside(done: int) -> None:
+        if done == 3:
+            with pytest.raises(UserError, match=f"^{out}: another `nsi shard` is writing there"):
+                write_hdf5(few, out, SIZE, report=silent)
+            begun.append(done)
+
+    write_hdf5(few, out, SIZE, report=beside)
+    write_hdf5(few, tmp_path / "fresh", SIZE, report=silent)
+    assert begun == [3]
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
 def test_folders_that_hold_something_else(few: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     write_hdf5(few, out, SIZE, report=silent)

@@ -160,6 +160,18 @@ def test_a_damaged_copy_is_replaced_once(server: FileServer, cache: ShardCache) 
     assert copy.read_bytes() == FILES[A]
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of maps")
+def test_the_room_of_evicted_copies_is_given_back(server: FileServer, cache: ShardCache) -> None:
+    """A copy that is mapped takes its room on the disk, with a name or without."""
+    reader = SpanReader(open_storage(server.url, QUICK), cache, FINGERPRINT)
+    for name in FILES:
+        assert reader.read([span(name, 0, 10)]) == [FILES[name][:10]]
+    reader.read([span(name, 0, 10)])
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(cache.folder) in line]
+    assert 1 <= len(mapped) <= 3
+    assert not any(line.endswith("(deleted)") for line in mapped)
+
+
 class Crowded(ShardCache):
     """A cache whose copies other processes evict before they are opened, so many times."""
 

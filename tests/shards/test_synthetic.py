@@ -475,6 +475,13 @@ def test_the_pace_counts_from_the_first_report() -> None:
     assert [pace(500), pace(550), pace(700)] == ["", "5 scenes/s, 1:30 left", "10 scenes/s, 0:30 left"]
 
 
+def test_without_a_total_nothing_is_said_of_the_time_left() -> None:
+    """As of an archive that a server does not know the size of."""
+    times = iter([100.0, 110.0])
+    pace = pace_of(0, "MB", clock=lambda: next(times))
+    assert [pace(10), pace(60)] == ["", "5 MB/s"]
+
+
 def test_plain_lines_come_a_few_seconds_apart(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

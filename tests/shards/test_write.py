@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -31,7 +32,7 @@ from shards.writing import write as writing
 from shards.writing.cut import Settings, cut
 from shards.writing.survey import Survey
 from shards.writing.transform import Transform
-from shards.writing.write import UNFINISHED, Part, merge_shards, write_shards
+from shards.writing.write import UNFINISHED, Part, count_scenes, merge_shards, write_shards
 from tests.making import make_shards, silent, survey, write
 
 
@@ -440,9 +441,36 @@ def test_a_kill_after_the_manifest_leaves_nothing(found: Survey, shards: Path, t
     assert contents(copy) == contents(shards)
 
 
+def test_a_disk_that_is_full_at_the_first_note(scenes: Path, shards: Path, tmp_path: Path, monkeypatch) -> None:
+    """The shard is there and its note is not: the same command goes on."""
+    write_file = writing.write_file
+
+    def full(path: Path, data: bytes, synced: bool) -> None:
+        if path.name.endswith(".tar.json"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write_file(path, data, synced)
+
+    command = ["shard", str(scenes), str(tmp_path / "out"), "--shard_samples", "10", "--workers", "1"]
+    with monkeypatch.context() as patched:
+        patched.setattr(writing, "write_file", full)
+        assert nsi(command) == 1
+    assert nsi(command) == 0
+    assert contents(tmp_path / "out") == contents(shards)
+
+
+def test_parts_count_their_own_scenes(found: Survey) -> None:
+    settings = Settings(shard_samples=10)
+    counts = [count_scenes(found, settings, Part(number, 4)) for number in (1, 2, 3, 4)]
+    assert sum(counts) == count_scenes(found, settings, None) == len(found.scenes)
+    assert max(counts) < len(found.scenes)
+
+
 def test_an_index_that_is_not_its_tars_is_written_again(found: Survey, shards: Path, tmp_path: Path) -> None:
     write_part(found, tmp_path / "out", 1, 1)
     index_path(tmp_path / "out" / "train-000001.tar").write_bytes(b"another")
+    write(found, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(shards)
+    index_path(tmp_path / "out" / "val-000000.tar").write_bytes(b"another")  # of a folder that is complete, too
     write(found, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(shards)
 
@@ -466,6 +494,13 @@ def test_verify_finds_nothing_wrong(shards: Path) -> None:
     assert verify(shards) == []
 
 
+def flip(path: Path, place: int) -> None:
+    """Changes one byte."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.fixture
 def copy(shards: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(shards, tmp_path / "copy"))
@@ -487,6 +522,48 @@ def test_verify_names_a_flipped_byte_between_members(copy: Path) -> None:
     data[20] ^= 1  # in the first header
     tar.write_bytes(data)
     assert any("all samples are whole, so a header or the padding" in fault for fault in verify(copy))
+
+
+def test_verify_decodes_samples_without_masks(found: Survey, tmp_path: Path) -> None:
+    """As those that were made of HDF5 files. One picture lost its pixels before it became a shard."""
+    picture = bytearray(Path(found.scenes[0].image.path).read_bytes())
+    picture[100:200] = bytes(100)
+    (tmp_path / "broken.png").write_bytes(picture)
+    scenes = [scene._replace(mask=None) for scene in found.scenes]
+    scenes[0] = scenes[0]._replace(image=Place(str(tmp_path / "broken.png"), 0, len(picture)))
+    out = tmp_path / "out"
+    write(Survey(tuple(scenes), found.vocabulary), out)
+    (undecodable,) = verify(out)
+    assert f"test-000000.tar: {scenes[0].key} at offset 512: the image cannot be decoded" in undecodable
+    flip(out / "val-000000.tar", 20)  # in the first header
+    _, between, whole = verify(out)
+    assert between.endswith("val-000000.tar: all samples are whole, so a header or the padding between them is damaged")
+    assert "val-000000.tar: its bytes are not those that were written" in whole
+
+
+def test_verify_looks_into_a_tar_whose_index_is_of_no_use(copy: Path) -> None:
+    index_path(copy / "train-000000.tar").write_bytes(b"another")
+    index_path(copy / "train-000001.tar").unlink()
+    flip(copy / "train-000001.tar", 5000)
+    index_path(copy / "val-000000.tar").unlink()
+    (copy / "val-000000.tar").unlink()
+    shutil.copy(copy / "train-000002.tar", copy / "train-000003.tar")
+    shutil.copy(index_path(copy / "train-000002.tar"), index_path(copy / "train-000003.tar"))
+    faults = verify(copy)
+    for told in (
+        "train-000000.index.npy: is not the index that was written",
+        "train-000001.index.npy: missing",
+        "train-000001.tar: its bytes are not those that were written",
+        "train-000001.tar: CLEVRTEXv2_full_000022 at offset 512: the image cannot be decoded",
+        "val-000000.index.npy: missing",
+        "val-000000.tar: missing",
+        "train-000003.index.npy: is not the index that was written",
+        "train-000003.tar: its bytes are not those that were written",
+    ):
+        assert sum(told in fault for fault in faults) == 1, told
+    doubled = [fault for fault in faults if "is also in" in fault]
+    assert len(doubled) == 10
+    assert len(faults) == 19
 
 
 def test_reading_a_flipped_byte_names_shard_key_and_offset(copy: Path) -> None:
