@@ -106,9 +106,9 @@ layout() {
         nodes+=(--gres="gpu:$per_node")
     elif [[ ${SLURM_NTASKS:-} ]]; then
         per_node="${SLURM_TASKS_PER_NODE%%[(,]*}" # srun knows the layout
-    else
-        per_node=1
-        ranks=(--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
+    else # of --nodes=2-4 --ntasks-per-node=4 some versions leave the product to the job
+        per_node="${SLURM_NTASKS_PER_NODE:-1}"
+        ranks=(--ntasks=$((per_node * SLURM_JOB_NUM_NODES)) --ntasks-per-node="$per_node")
     fi
     # srun does not take over sbatch's --cpus-per-task, and would leave each rank a single core.
     local least # cores of the smallest node: `72(x2),36` has 36

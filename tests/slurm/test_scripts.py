@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -136,17 +137,37 @@ def test_promtool_finds_the_metrics_well_named(tmp_path: Path) -> None:
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
+def function(name: str) -> str:
+    """The text of one of the scripts' functions."""
+    text = (SLURM / "common.sh").read_text()
+    body = text[text.index(f"{name}() {{") :]
+    return body[: body.index("\n}\n") + 3]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "1 8 --ntasks=3 --ntasks-per-node=1 --cpus-per-task=8"),
+        ({"SLURM_NTASKS_PER_NODE": "4"}, "4 2 --ntasks=12 --ntasks-per-node=4 --cpus-per-task=2"),
+        ({"SLURM_NTASKS": "12", "SLURM_TASKS_PER_NODE": "4(x3)"}, "4 2 --cpus-per-task=2"),
+        ({"SLURM_GPUS_ON_NODE": "2"}, "2 4 --ntasks=6 --ntasks-per-node=2 --gres=gpu:2 --cpus-per-task=4"),
+    ],
+)
+def test_ranks_by_what_slurm_says(given: dict[str, str], said: str) -> None:
+    """What a job finds in its environment differs from version to version."""
+    job = {"SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_CPUS_PER_NODE": "8(x3)", **given}
+    code = f'fail() {{ exit 1; }}\n{function("layout")}layout; echo "$per_node" "$cpus" "${{ranks[@]}}"'
+    environment = {"PATH": os.environ["PATH"], **job}
+    ran = subprocess.run(["bash", "-uc", code], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == said
+
+
 def test_a_port_that_somebody_listens_on_is_passed_over() -> None:
     """By the script, before ranks meet there."""
-    text = (SLURM / "common.sh").read_text()
-    body = text[text.index("free_port() {") :]
-    function = body[: body.index("\n}\n") + 3]
 
     def chosen(number: int) -> int:
-        ran = subprocess.run(
-            ["bash", "-c", f"{function}free_port {number}"], capture_output=True, text=True, check=True
-        )
-        return int(ran.stdout)
+        code = f"{function('free_port')}free_port {number}"
+        return int(subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True).stdout)
 
     # One that is free here; somebody might take it between two lines, so more than one is tried.
     for number in range(4321, 4421):

@@ -173,6 +173,26 @@ def test_nobody_notices_that_slurmctld_restarts(cluster, tmp_path, shards, truth
     proven(training, truth, capsys)
 
 
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [
+        (("--nodes=2-4", "--ntasks-per-node=2"), 8),  # Slurm leaves it to the job to count these
+        (("--nodes=2", "--ntasks-per-node=2"), 4),
+        (("--nodes=2-3",), 3),
+        (("--ntasks=3",), 3),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_as_many_ranks_as_were_asked_for(cluster, tmp_path, shards, options: tuple[str, ...], ranks: int) -> None:
+    rank = tmp_path / "rank"
+    rank.write_text(f'#!/bin/bash\ntouch "{tmp_path}/$SLURM_PROCID-of-$SLURM_NTASKS"\n')
+    rank.chmod(0o755)
+    training = start(cluster, tmp_path, shards, *options, environment={"NSI_PYTHON": str(rank), "NSI_DOCTOR": "0"})
+    cluster.wait_for_state(training.job, "COMPLETED")
+    found = {path.name for path in tmp_path.glob("*-of-*")}
+    assert found == {f"{number}-of-{ranks}" for number in range(ranks)}
+
+
 def test_a_job_that_gets_nowhere_ends(cluster, tmp_path, shards) -> None:
     """Each start dies before its first checkpoint, as of a fault that comes back with every start."""
     dies = tmp_path / "dies"
