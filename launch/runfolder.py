@@ -22,7 +22,7 @@ STACKS = "stacks"  # where every rank was when the watchdog ended an attempt
 NONFINITE = "nonfinite"  # reports of a step whose numbers were none, -STEP.json
 DOCTOR = "doctor"  # what `nsi doctor` found on the nodes before a job, in JOB-RESTART/
 STOP = "stop"  # made by a person, it ends the run after its step, saved; with "requeue" in it, as a signal does
-RUNNING = "running"  # there while an attempt trains, and afterwards if it died; a batch script requeues on it
+RUNNING = "running"  # while an attempt trains, or has died: its number and Slurm job; a batch script requeues on it
 STOPPED = "stopped"  # there while a run was cut by a signal; a batch script requeues on it
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,12 +134,14 @@ def begin(config: TrainConfig, world: World, parts: Parts, started: float) -> At
     attempt = take_attempt(config.log_path / runfolder.ATTEMPTS, world.size, world.launcher, step, started)
     with contextlib.suppress(OSError):  # what stays takes some room, and is tried again after a checkpoint
         clear_leftovers(config.log_path / runfolder.CHECKPOINTS, attempt.number)
+    job = os.environ.get("SLURM_JOB_ID", "")  # which must not be queued again for the death of another job's attempt
     try:
         (config.log_path / runfolder.STOPPED).unlink(missing_ok=True)
         stop = config.log_path / runfolder.STOP
-        if stop.exists() and stop.stat().st_mtime < started:  # meant for an attempt before
+        # Meant for an attempt before; but of a job's restarts each heeds what came since the first.
+        if stop.exists() and stop.stat().st_mtime < float(os.environ.get("NSI_JOB_BEGAN", started)):
             stop.unlink()
-        (config.log_path / runfolder.RUNNING).write_text(f"{attempt.number}\n")
+        (config.log_path / runfolder.RUNNING).write_text(f"{attempt.number} {job}\n")
         forget_endpoints(config.log_path)
         _write_config(config, parts)
     except OSError as error:

@@ -106,7 +106,7 @@ def ending_in_order(mark: Path, attempt: int, rank: int) -> Iterator[None]:
 
 def _take_away(mark: Path, attempt: int) -> None:
     with contextlib.suppress(OSError):
-        if mark.read_text().strip() == str(attempt):
+        if mark.read_text().split()[:1] == [str(attempt)]:
             mark.unlink()
 
 

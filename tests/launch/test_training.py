@@ -216,9 +216,26 @@ def test_a_stop_file_and_a_time_limit_end_it_saved(shards: Path, tmp_path: Path)
     assert process.returncode == 0
     assert f"stopped by {run / 'stop'}, saved" in output
     assert not (run / "stopped").exists()
+    assert not (run / "stop").exists()
     newest = newest_verified(run / "checkpoints", pytest.fail)
     assert newest is not None
     assert int(newest.name[5:]) == read_lines(run, "metrics.jsonl")[-1]["step"]
+
+
+@pytest.mark.parametrize("of_this_job", [True, False])
+def test_a_wish_to_stop_that_came_before_the_start(shards: Path, tmp_path: Path, of_this_job: bool) -> None:
+    """While a job's launcher starts, or while the job waits in the queue again, it counts; else it is of long ago."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "stop").touch()
+    touched = time.time() - 60
+    os.utime(run / "stop", (touched, touched))
+    variables = {"NSI_JOB_BEGAN": str(int(touched) - 60)} if of_this_job else {}
+    command = [sys.executable, "-m", "launch", "train", "--data_path", str(shards), "--log_path", str(run), *SMALL]
+    found = call(*command, "--max_steps", "3", env=environment(**variables))
+    assert found.returncode == 0, found.stderr
+    assert ("stopped by" in found.stdout) == of_this_job
+    assert not (run / "stop").exists()
 
 
 def test_a_broken_step_reaches_no_checkpoint(shards: Path, tmp_path: Path) -> None:

@@ -135,6 +135,22 @@ def test_a_node_is_cut_off_and_lives_on(apart, tmp_path, shards, truth, table, c
     proven(training, truth, capsys)
 
 
+def test_a_second_job_on_the_same_run_ends_the_first(cluster, tmp_path, shards, truth, capsys) -> None:
+    """For good: else each would come back and end the other for ever."""
+    first = start(cluster, tmp_path, shards, "--nodes=1")
+    first.wait_for_step(EVERY + 3)
+    [rank] = faults.ranks(cluster, first.job).values()
+    rank.send(signal.SIGSTOP)  # or it would be done before the second begins
+    second = start(cluster, tmp_path, shards, "--nodes=1")
+    cluster.wait_for(lambda: len(attempts(second.run)) == 2, 60, "the second job's attempt")
+    rank.send(signal.SIGCONT)
+    cluster.wait_for_state(first.job, "FAILED")
+    assert f"another start trains {first.run} now (2 {second.job}: attempt, job)" in cluster.output(first.job)
+    second.wait_for_end(restarts=0)
+    assert cluster.job(first.job)["Restarts"] == "0"
+    proven(second, truth, capsys)
+
+
 @pytest.mark.long
 def test_slurm_itself_tells_of_the_time_limit(cluster, tmp_path, shards) -> None:
     """It looks at time limits every half minute or so."""
@@ -196,7 +212,7 @@ def test_as_many_ranks_as_were_asked_for(cluster, tmp_path, shards, options: tup
 def test_a_job_that_gets_nowhere_ends(cluster, tmp_path, shards) -> None:
     """Each start dies before its first checkpoint, as of a fault that comes back with every start."""
     dies = tmp_path / "dies"
-    dies.write_text('#!/bin/bash\nmkdir -p "$RUN"; echo 1 >"$RUN/running"; kill -9 $$\n')
+    dies.write_text('#!/bin/bash\nmkdir -p "$RUN"; echo "1 $SLURM_JOB_ID" >"$RUN/running"; kill -9 $$\n')
     dies.chmod(0o755)
     environment = {"NSI_PYTHON": str(dies), "NSI_DOCTOR": "0", "RUN": str(tmp_path / "run")}
     training = start(cluster, tmp_path, shards, "--nodes=1", environment=environment)
