@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from cluster.checkpoints.checkpoint import (
     read_checkpoint,
     verify_checkpoint,
 )
-from cluster.checkpoints.folder import STATE, IsVoid, bring_back, checkpoint_path, look, survey
+from cluster.checkpoints.folder import STATE, Found, IsVoid, bring_back, checkpoint_path, look, survey
 from launch import runfolder
 from launch.config import TrainConfig
 from nsi.errors import UsageError, UserError
@@ -29,7 +29,7 @@ class Choice:
 
     step: int | None
     attempt: int = 0
-    complete: int = 0  # checkpoints in the folder, good or void
+    seen: frozenset[tuple[int, int]] = frozenset()  # step and attempt of all that were complete, good or void
 
 
 def choose(config: TrainConfig) -> Choice:
@@ -61,9 +61,18 @@ def choose(config: TrainConfig) -> Choice:
     if path is None:
         if config.checkpoint_path:
             verify_checkpoint(config.checkpoint_path)
-        return Choice(None, complete=len(complete))
+        return Choice(None, seen=_names(complete))
     found = look(path)
-    return Choice(found.step, found.attempt, len(complete))
+    return Choice(found.step, found.attempt, _names(complete))
+
+
+def saved_since(run: Path, choice: Choice) -> int | None:
+    """The step of the newest checkpoint that came to the run after the choice, whoever wrote it; None for none.
+
+    An attempt that is still there when its successor starts saves until it learns of it.
+    """
+    complete = [each for each in survey(run / runfolder.CHECKPOINTS) if each.is_complete]
+    return max((step for step, _ in _names(complete) - choice.seen), default=None)
 
 
 def load_chosen(run: Path, choice: Choice) -> Checkpoint | None:
@@ -73,7 +82,7 @@ def load_chosen(run: Path, choice: Choice) -> Checkpoint | None:
     """
     folder = run / runfolder.CHECKPOINTS
     if choice.step is None:
-        if not choice.complete and any(each.is_complete for each in survey(folder)):
+        if not choice.seen and any(each.is_complete for each in survey(folder)):
             raise _another_folder(run, "it holds checkpoints here and none there")
         return None
     path = checkpoint_path(folder, choice.step)
@@ -102,6 +111,10 @@ def trained_checkpoint(run: Path, which: str, warn: Callable[[str], None]) -> Ch
     else:
         path = newest if which == "last" else checkpoint_path(folder, int(which))
     return load_checkpoint(path) if path == newest else read_checkpoint(path)
+
+
+def _names(found: Iterable[Found]) -> frozenset[tuple[int, int]]:
+    return frozenset((each.step, each.attempt) for each in found)
 
 
 def _void(run: Path) -> IsVoid:
