@@ -23,7 +23,7 @@ from launch import runfolder
 from launch.config import TrainConfig, to_json
 from launch.training.build import make_backbone, make_model, standing_before
 from launch.training.compiling import compile_model
-from launch.training.resume import check_belongs, load_start
+from launch.training.resume import Progress, check_belongs, load_start, progress_of
 from launch.training.stored import open_features
 from nsi.backbone import Backbone, parameters_hash
 from nsi.errors import UserError
@@ -53,7 +53,7 @@ class Parts:
     backbone: Backbone  # what stands before the model
     backbone_hash: str  # of the frozen weights, trained on or not
     model: NeuralSlotInterpreter
-    restored: Checkpoint | None
+    restored: Progress | None  # of the checkpoint that it goes on from, whose tensors are not held
 
 
 def prepare(config: TrainConfig, speak: bool, first_of_node: bool, restored: Checkpoint | None) -> Parts:
@@ -102,7 +102,8 @@ def prepare(config: TrainConfig, speak: bool, first_of_node: bool, restored: Che
     order = Order(train_split.shard_samples, config.optim.seed, config.optim.batch_size)
     shape = _shape(config, train_rows)
     before = standing_before(config.backbone, backbone)
-    return Parts(*data, train_rows, val_rows, shape, order, before, backbone_hash, model, restored)
+    progress = progress_of(restored) if restored else None
+    return Parts(*data, train_rows, val_rows, shape, order, before, backbone_hash, model, progress)
 
 
 def _same_precision(restored: Checkpoint, config: TrainConfig) -> bool:

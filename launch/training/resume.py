@@ -32,6 +32,12 @@ class Progress:
     best: dict[str, float]  # {"step", "R@5", "loss"} of the best validation, empty before the first
 
 
+def progress_of(checkpoint: Checkpoint) -> Progress:
+    """How far a checkpoint's run had come."""
+    facts = checkpoint.facts
+    return Progress(checkpoint.step, Plateau(**facts["plateau"]), dict(facts["best"]))
+
+
 def check_belongs(
     restored: Checkpoint, config: TrainConfig, train: Split, backbone_hash: str, warn: Callable[[str], None]
 ) -> None:

@@ -80,7 +80,8 @@ def train(config: TrainConfig, stop: StopRequest) -> None:
         workers = closing.enter_context(open_workers(config.data.num_workers, pin=device.type == "cuda"))
         until = deadline(clock.began, config.watch.time_limit * 60, config.watch.grace_seconds, os.environ)
         means = Means(world, device, parts, micro, attempt, log, board, ledger, workers, until, clock, watchdog)
-        trainer = Trainer(config, means)
+        trainer = Trainer(config, means, restored.training if restored else None)
+        restored = None  # its files are mapped as long as it is held, and pruned they would still take their room
         guard.saver = trainer.saver
         log.emit(log.instant("start"))
         finished = trainer.run(stop)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
@@ -15,6 +15,7 @@ from cluster.checkpoints.retention import Retention
 from cluster.checkpoints.writer import CheckpointWriter
 from cluster.collectives import any_rank, share
 from cluster.engine.engine import Engine
+from cluster.engine.state import TrainingState
 from cluster.records.clock import Clock
 from cluster.records.events import Event, EventLog
 from cluster.records.ledger import LedgerWriter
@@ -66,7 +67,8 @@ class Means:
 class Trainer:
     """The loop and what changes in it. Every method is called by all ranks together."""
 
-    def __init__(self, config: TrainConfig, means: Means) -> None:
+    def __init__(self, config: TrainConfig, means: Means, restored: TrainingState | None) -> None:
+        """`restored`: what the engine goes on from, of the checkpoint whose weights the model has; it is not kept."""
         self._config, self._means = config, means
         world, parts, attempt = means.world, means.parts, means.attempt
         self._parts, self._log, self._clock = parts, means.log, means.clock
@@ -83,15 +85,13 @@ class Trainer:
             parts.backbone.feature_dim,
         )
         self._engine = _engine(config, means)
-        self._now = Progress(0, Plateau(), {})
-        self._saved_step = -1
+        self._now = replace(parts.restored) if parts.restored else Progress(0, Plateau(), {})
+        self._saved_step = parts.restored.step if parts.restored else -1
         self._broken_steps = 0  # in a row, up to now
         self._slow_ranks: set[int] = set()  # told of
-        if restored := parts.restored:
+        if restored:
             with self._clock.spending("restore"):
-                self._engine.restore(restored.training)
-            self._now = Progress(restored.step, Plateau(**restored.facts["plateau"]), dict(restored.facts["best"]))
-            self._saved_step = restored.step
+                self._engine.restore(restored)
         attempts = config.log_path / runfolder.ATTEMPTS
         self.saver = CheckpointWriter(
             config.log_path / runfolder.CHECKPOINTS,

@@ -1,7 +1,8 @@
 """Validation during training: losses over the whole split and retrieval in it, the same scenes and noise every time.
 
-All ranks take part (ZeRO 3 needs them); each embeds its rows, and rank 0 scores the whole gallery.
-Shapes: S scenes of the split, N slots, T objects, E embedding size.
+All ranks take part (ZeRO 3 needs them); each embeds its rows, a micro-batch of training at a time, and rank 0 scores
+the whole gallery.
+Shapes: S scenes of the split, M rows of a micro-batch, K scenes shown, N slots, T objects, P patches, E embedding size.
 """
 
 from __future__ import annotations
@@ -9,19 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from cluster.collectives import collect, gather_rows, sum_over_ranks
 from cluster.engine.engine import Engine
-from launch.training.step import StepSettings, features_of
+from launch.training.step import StepSettings, features_of, forward, micro_batches
 from nsi.backbone import Backbone
 from nsi.batch import Batch
 from nsi.errors import UserError
 from nsi.loss import Rows, contrastive_sum
 from nsi.maxsim import maxsim
 from nsi.metrics.retrieval import retrieval, schema_groups
-from nsi.noise import KeyedNoise
 
 VALIDATION_STEP = -1  # keys the slot noise of every validation and evaluation: no training step has this number
 SCENES_SHOWN = 8
@@ -53,27 +54,18 @@ def validate(
     with torch.no_grad():
         for cpu_batch in batches:
             batch = cpu_batch.to(_device(backbone, engine))
-            features_BPF = features_of(batch, backbone)
-            noise = KeyedNoise(settings.seed, VALIDATION_STEP, batch.sample_ids_B)
-            output = engine.forward(features_BPF, batch.labels_BT3, batch.positions_BT3, batch.objects_BT, noise)
-            rows = Rows(
-                output.slot_embeddings_BNE.float(),
-                output.primitive_embeddings_BTE.float(),
-                batch.objects_BT,
-                batch.sample_ids_B,
-                batch.rows_B,
-            )
-            contrastive = contrastive_sum(rows, gather_rows, settings.rank, output.tau_1, settings.loss.score)
-            error = output.squared_error_B.masked_fill(~batch.rows_B, 0.0).sum()
+            found = _embed(engine, backbone, batch, settings)
+            rows = Rows(found.slots_BNE, found.primitives_BTE, batch.objects_BT, batch.sample_ids_B, batch.rows_B)
+            contrastive = contrastive_sum(rows, gather_rows, settings.rank, found.tau_1, settings.loss.score)
+            error = found.squared_error_B.masked_fill(~batch.rows_B, 0.0).sum()
             if settings.loss.reconstruction == "mean":
                 error = error / settings.feature_dim
             sums_3 += torch.stack([contrastive, error, batch.rows_B.sum()]).double().cpu()
-            tau = float(output.tau_1)
+            tau = float(found.tau_1)
             kept.append(Rows(*(tensor[batch.rows_B].cpu() for tensor in rows)))
             labels.append((cpu_batch.labels_BT3[cpu_batch.rows_B], cpu_batch.positions_BT3[cpu_batch.rows_B]))
             if shown is None:
-                first_B = batch.rows_B.nonzero()[:SCENES_SHOWN, 0]
-                shown = (batch.sample_ids_B[first_B].cpu(), output.alphas_BNP[first_B].float().cpu())
+                shown = (batch.sample_ids_B[_shown(batch)].cpu(), found.alphas_KNP.cpu())
     engine.train()
     assert shown is not None
     contrastive_sum_all, reconstruction_sum, scenes = sum_over_ranks(sums_3).tolist()
@@ -93,6 +85,41 @@ def validate(
     if settings.rank == 0:
         figures |= _retrieval(everyone, settings, position_dims)
     return Validation(figures, *shown)
+
+
+class _Embedded(NamedTuple):
+    """What is kept of some rows: little beside what the model needs to find it."""
+
+    slots_BNE: torch.Tensor
+    primitives_BTE: torch.Tensor
+    squared_error_B: torch.Tensor
+    alphas_KNP: torch.Tensor
+    tau_1: torch.Tensor
+
+
+def _embed(engine: Engine, backbone: Backbone, batch: Batch, settings: StepSettings) -> _Embedded:
+    """A rank's rows; backbone and model never have more of them at once than in training. All ranks have equally many
+    rows, empty ones among them, and so make equally many forwards."""
+    parts = [_embed_micro(engine, backbone, micro, settings) for micro in micro_batches(batch, settings)]
+    whole = _Embedded(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    return whole._replace(alphas_KNP=whole.alphas_KNP[:SCENES_SHOWN], tau_1=whole.tau_1[:1])  # all have the same tau
+
+
+def _embed_micro(engine: Engine, backbone: Backbone, micro: Batch, settings: StepSettings) -> _Embedded:
+    """`_embed` by one forward."""
+    output = forward(engine, features_of(micro, backbone), micro, VALIDATION_STEP, settings)
+    return _Embedded(
+        output.slot_embeddings_BNE.float(),
+        output.primitive_embeddings_BTE.float(),
+        output.squared_error_B,
+        output.alphas_BNP[_shown(micro)].float(),
+        output.tau_1,
+    )
+
+
+def _shown(batch: Batch) -> torch.Tensor:
+    """Which rows have its first scenes, (K,)."""
+    return batch.rows_B.nonzero()[:SCENES_SHOWN, 0]
 
 
 def _retrieval(everyone: list, settings: StepSettings, position_dims: int) -> dict[str, float]:

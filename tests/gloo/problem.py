@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import torch
 
-from nsi.backbone import build_backbone
+from nsi.backbone import Backbone, build_backbone
 from nsi.batch import Batch
 from nsi.finetuned import BACKBONE, FinetunedInterpreter
 from nsi.loss import Rows, contrastive_sum
 from nsi.model import ModelConfig, NeuralSlotInterpreter, undecayed
 from nsi.noise import KeyedNoise
+from shards.order import rank_rows, rows_per_rank
 
 G, T, P, F = 7, 5, 9, 12  # rows of the whole batch (no world of 2, 3 or 4 divides it), objects, patches, features
 COUNTS = (3, 4, 6)
@@ -107,6 +108,28 @@ def make_pictures() -> Batch:
     images = torch.randint(0, 256, (G, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
     images[5] = images[2]
     return replace(batch, images_BCHW=images)
+
+
+class Pooled(Backbone):
+    """The pictures' mean colours as features of the problem without pictures."""
+
+    feature_dim, grid = F, (3, 3)
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(images_BCHW / 255, 6).view(-1, P, F)
+
+
+def make_split(rank: int, size: int) -> list[Batch]:
+    """A rank's batches of a split: one whole, of whose scenes one could not be read, and a tail, whose rows are mostly
+    empty."""
+    whole, tail = make_pictures(), make_pictures()
+    for tensor in whole.tensors().values():
+        tensor[3] = 0
+    whole.sample_ids_B[3] = -1
+    tail.sample_ids_B.add_(10)
+    tail.positions_BT3.neg_()
+    parts = ((batch, rank_rows(scenes, rank, size)) for batch, scenes in ((whole, G), (tail, 4)))
+    return [cut(batch, batch.images_BCHW, part.start, part.stop, rows_per_rank(G, size))[0] for batch, part in parts]
 
 
 def make_finetuned_adam(model: FinetunedInterpreter) -> torch.optim.AdamW:
