@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from cluster.durable import sync
 from nsi.errors import UserError
@@ -37,18 +38,44 @@ def take_attempt(
         while True:
             attempt = Attempt(number, started or time.time(), world_size, launcher, restored_step)
             try:
-                with (folder / f"attempt-{number:04d}.json").open("x") as file:
-                    json.dump(asdict(attempt), file)
-                    file.flush()
-                    os.fsync(file.fileno())  # an audit must know where attempts went on from
+                _write(_path(folder, number), attempt, "x")
                 sync(folder)
                 return attempt
             except FileExistsError:
                 number += 1
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror}); make room, or choose another --log_path"
-        ) from None
+        raise _cannot_write(folder, error) from None
+
+
+def go_on_from(folder: Path, attempt: Attempt, step: int) -> Attempt:
+    """The attempt, which has done no step yet, going on from another step than it was taken for.
+
+    Raises UserError where the folder cannot be written.
+    """
+    path, changed = _path(folder, attempt.number), replace(attempt, restored_step=step)
+    temporary = path.with_suffix(".tmp")
+    try:
+        _write(temporary, changed, "w")
+        temporary.rename(path)
+        sync(folder)
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+    return changed
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"attempt-{number:04d}.json"
+
+
+def _cannot_write(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder}: cannot be written ({error.strerror}); make room, or choose another --log_path")
+
+
+def _write(path: Path, attempt: Attempt, mode: Literal["x", "w"]) -> None:
+    with path.open(mode) as file:
+        json.dump(asdict(attempt), file)
+        file.flush()
+        os.fsync(file.fileno())  # an audit must know where attempts went on from
 
 
 def read_attempts(folder: Path) -> list[Attempt]:

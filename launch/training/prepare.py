@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cluster.checkpoints.attempt import Attempt, take_attempt
+from cluster.checkpoints.attempt import Attempt, go_on_from, take_attempt
 from cluster.checkpoints.checkpoint import Checkpoint
 from cluster.checkpoints.folder import clear_leftovers
 from cluster.engine.config import precision_note
@@ -22,6 +22,7 @@ from cluster.world import World
 from launch import runfolder
 from launch.config import TrainConfig, to_json
 from launch.training.build import make_backbone, make_model, standing_before
+from launch.training.choose import Choice, saved_since
 from launch.training.compiling import compile_model
 from launch.training.resume import Progress, check_belongs, load_start, progress_of
 from launch.training.stored import open_features
@@ -124,15 +125,19 @@ def _shape(config: TrainConfig, rows: Split) -> SceneShape:
     return SceneShape(config.data.image_size, objects, config.data.squash_size)
 
 
-def begin(config: TrainConfig, world: World, parts: Parts, started: float) -> Attempt | None:
+def begin(config: TrainConfig, world: World, parts: Parts, choice: Choice, started: float) -> Attempt | None:
     """Rank 0, whose process `started` then, takes the attempt's number and writes down what is about to run.
 
-    Raises UserError where the run folder cannot be written.
+    From then on an attempt that was still there ends. Where it has saved more since the choice of what to go on from,
+    the attempt is one that goes on from that; see `catch_up`. Raises UserError where the run folder cannot be written.
     """
     if world.rank != 0:
         return None
     step = parts.restored.step if parts.restored else 0
-    attempt = take_attempt(config.log_path / runfolder.ATTEMPTS, world.size, world.launcher, step, started)
+    attempts = config.log_path / runfolder.ATTEMPTS
+    attempt = take_attempt(attempts, world.size, world.launcher, step, started)
+    if later := saved_since(config.log_path, choice):
+        attempt = go_on_from(attempts, attempt, later)  # at once: an attempt that goes on from before makes it void
     with contextlib.suppress(OSError):  # what stays takes some room, and is tried again after a checkpoint
         clear_leftovers(config.log_path / runfolder.CHECKPOINTS, attempt.number)
     job = os.environ.get("SLURM_JOB_ID", "")  # which must not be queued again for the death of another job's attempt
@@ -150,6 +155,14 @@ def begin(config: TrainConfig, world: World, parts: Parts, started: float) -> At
             f"{config.log_path}: cannot be written ({error.strerror or error}); make room, or choose another --log_path"
         ) from None
     return attempt
+
+
+def catch_up(config: TrainConfig, world: World, parts: Parts, attempt: Attempt) -> Attempt | None:
+    """Rank 0 writes down what an attempt goes on from that had to choose and to prepare once more."""
+    if world.rank != 0:
+        return None
+    step = parts.restored.step if parts.restored else 0
+    return go_on_from(config.log_path / runfolder.ATTEMPTS, attempt, step)
 
 
 def _write_config(config: TrainConfig, parts: Parts) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from cluster.checkpoints.checkpoint import Checkpoint
 from cluster.collectives import share, together
 from cluster.processes import device_of, join, leave
 from cluster.records.appender import Appender
@@ -19,14 +21,14 @@ from cluster.records.prometheus import serve
 from cluster.records.sinks import Board, metrics_sink, validation_sink
 from cluster.watch.stop import StopRequest, deadline
 from cluster.watch.watchdog import watching
-from cluster.world import find_world
+from cluster.world import World, find_world
 from launch import runfolder
 from launch.config import TrainConfig, check
-from launch.training.choose import choose, load_chosen
+from launch.training.choose import Choice, choose, load_chosen
 from launch.training.display import training_display
 from launch.training.guard import Guard
 from launch.training.micro_batch import micro_rows
-from launch.training.prepare import begin, prepare
+from launch.training.prepare import Parts, begin, catch_up, prepare
 from launch.training.trainer import Means, Trainer, total_steps
 from nsi.errors import UserError
 from shards.loading.workers import open_workers
@@ -47,16 +49,17 @@ def train(config: TrainConfig, stop: StopRequest) -> None:
     guard = Guard(config, world, stop, clock)
     with contextlib.ExitStack() as closing:
         watchdog = closing.enter_context(watching(guard.watchdog()))
-        with clock.spending("restore"):
-            choice = share(together(lambda: choose(config) if world.rank == 0 else None))
-            assert choice is not None
-            restored = together(lambda: load_chosen(config.log_path, choice))
-        parts = together(lambda: prepare(config, world.rank == 0, world.local_rank == 0, restored))
+        choice, restored, parts = _choose_and_prepare(config, world, clock)
         micro = micro_rows(config, world, device, parts)
         endpoint = together(lambda: serve(world, config.log_path, config.watch.prometheus_port))
         # The first thing that writes to RUN.
-        attempt = share(together(lambda: begin(config, world, parts, clock.began)))
+        attempt = share(together(lambda: begin(config, world, parts, choice, clock.began)))
         assert attempt is not None
+        if attempt.restored_step != (restored.step if restored else 0):
+            # Another attempt, which ends now, has saved more since the choice: that must not be done again, nor lost.
+            choice, restored, parts = _choose_and_prepare(config, world, clock)
+            attempt = share(together(functools.partial(catch_up, config, world, parts, attempt)))
+            assert attempt is not None
         closing.enter_context(ending_in_order(config.log_path / runfolder.RUNNING, attempt.number, world.rank))
         clock.enter("start", attempt.restored_step)
         appender = Appender()
@@ -88,6 +91,14 @@ def train(config: TrainConfig, stop: StopRequest) -> None:
         leave()
     if world.rank == 0:
         _say_where(config.log_path, finished, stop)
+
+
+def _choose_and_prepare(config: TrainConfig, world: World, clock: Clock) -> tuple[Choice, Checkpoint | None, Parts]:
+    with clock.spending("restore"):
+        choice = share(together(lambda: choose(config) if world.rank == 0 else None))
+        assert choice is not None
+        restored = together(lambda: load_chosen(config.log_path, choice))
+    return choice, restored, together(lambda: prepare(config, world.rank == 0, world.local_rank == 0, restored))
 
 
 @contextlib.contextmanager

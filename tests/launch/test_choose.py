@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
+from cluster.checkpoints.attempt import is_replaced, read_attempts, take_attempt
 from cluster.checkpoints.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from cluster.checkpoints.folder import COMPLETE, STATE, checkpoint_path
-from launch.training.choose import Choice, choose, load_chosen
+from cluster.world import World
+from launch.training.choose import Choice, choose, load_chosen, saved_since
+from launch.training.prepare import begin, catch_up
 from nsi.errors import UserError
 from tests.launch.prepared import prepared
 from tests.launch.test_resume import checkpointed, configured
@@ -148,3 +152,23 @@ def test_a_run_of_another_data_set_or_schema(shards: Path, run: Path, scenes: Pa
             shutil.rmtree(path.parent)
     make_shards(copy, tmp_path / "poorer")
     assert "was trained on another schema" in refused(tmp_path / "poorer", run)
+
+
+def test_what_was_saved_while_a_start_prepared_is_not_undone(shards: Path, run: Path) -> None:
+    """By an attempt that is alive still, on a node that was cut off, say: it ends, and the start goes on from there."""
+    config = configured(shards, run)
+    alone = World(0, 1, 0, 1, "127.0.0.1", 0, "none")
+    first = take_attempt(run / "attempts", 1, "none", 0)
+    choice, parts = choose(config), prepared(config)
+    assert choice.step == 2
+    found = read_checkpoint(checkpoint_path(run / "checkpoints", 2))
+    write_checkpoint(run / "checkpoints", Checkpoint(4, 1, found.training, found.facts))
+    attempt = begin(config, alone, parts, choice, time.time())
+    assert attempt is not None
+    assert (attempt.number, attempt.restored_step) == (2, 4)  # so that step 4 is not void
+    assert is_replaced(run / "attempts", first)
+    again = choose(config)
+    assert again.step == 4
+    assert saved_since(run, again) is None
+    assert catch_up(config, alone, prepared(config), attempt) == attempt
+    assert [each.restored_step for each in read_attempts(run / "attempts")] == [0, 4]

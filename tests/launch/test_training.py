@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.checkpoints.attempt import take_attempt
+from cluster.checkpoints.attempt import read_attempts, take_attempt
 from cluster.checkpoints.checkpoint import COMPLETE, MODEL, newest_verified, read_checkpoint
 from launch.runfolder import read_lines, standing_lines
 from shards.manifest import read_manifest
@@ -236,6 +236,36 @@ def test_a_wish_to_stop_that_came_before_the_start(shards: Path, tmp_path: Path,
     assert found.returncode == 0, found.stderr
     assert ("stopped by" in found.stdout) == of_this_job
     assert not (run / "stop").exists()
+
+
+def test_what_was_saved_while_a_start_prepared_is_gone_on_from(shards: Path, tmp_path: Path) -> None:
+    """The checkpoint of step 4 comes back into its folder once a start has chosen that of step 2 and prepared."""
+    run, steps = tmp_path / "run", ["--schedule", "constant", "--checkpoint_every", "2", "--validate_every", "100"]
+    assert train(shards, run, *steps, "--max_steps", "4").returncode == 0
+    late, place = tmp_path / "late", run / "checkpoints" / "step-00000004"
+    place.rename(late)
+    patch = f"""
+import os
+from launch.cli import main
+from launch.training import run
+
+prepare = run.prepare
+def slow(*arguments):
+    parts = prepare(*arguments)
+    print("prepared from", parts.restored.step)
+    if os.path.exists("{late}"):
+        os.rename("{late}", "{place}")
+    return parts
+run.prepare = slow
+main()
+"""
+    flags = ["--data_path", str(shards), "--log_path", str(run), *SMALL, *steps, "--max_steps", "6"]
+    found = call(sys.executable, "-c", patch, "train", *flags)
+    assert found.returncode == 0, found.stderr
+    assert [line for line in found.stdout.splitlines() if "prepared" in line] == ["prepared from 2", "prepared from 4"]
+    assert [each.restored_step for each in read_attempts(run / "attempts")] == [0, 4]
+    assert train(shards, tmp_path / "whole", *steps, "--max_steps", "6").returncode == 0
+    assert losses(run) == losses(tmp_path / "whole")
 
 
 def test_a_broken_step_reaches_no_checkpoint(shards: Path, tmp_path: Path) -> None:
