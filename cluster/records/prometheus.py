@@ -44,11 +44,10 @@ class Endpoint:
 
     def register(self) -> None:
         """Enters the endpoint into Prometheus' target list. Raises UserError where it cannot be written."""
-        entry = [{"targets": [f"{self.address}:{self.port}"], "labels": {"job": "nsi"}}]
         temporary = self.target.with_suffix(".tmp")
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(entry))
+            temporary.write_bytes(self._entry())
             temporary.rename(self.target)
         except OSError as error:
             raise UserError(
@@ -56,9 +55,16 @@ class Endpoint:
             ) from None
 
     def deregister(self) -> None:
-        """Takes the endpoint out of Prometheus' target list; do so before the process ends, or alerts fire."""
+        """Takes the endpoint out of Prometheus' target list; do so before the process ends, or alerts fire.
+
+        The entry of an attempt that has taken over lies in the same place, and stays.
+        """
         with contextlib.suppress(OSError):  # on a folder turned read-only; how the run ended matters more
-            self.target.unlink(missing_ok=True)
+            if self.target.read_bytes() == self._entry():
+                self.target.unlink()
+
+    def _entry(self) -> bytes:
+        return json.dumps([{"targets": [f"{self.address}:{self.port}"], "labels": {"job": "nsi"}}]).encode()
 
 
 def serve(world: World, run: Path, port: int) -> Endpoint:

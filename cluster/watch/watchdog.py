@@ -94,9 +94,7 @@ class Watchdog:
         """Rank 0 listens, the others connect."""
         world, listener = self._world, None
         if world.size > 1 and world.rank == 0:
-            family = socket.getaddrinfo(world.master_addr, None)[0][0]
-            listener = socket.create_server(("", 0), family=family, backlog=world.size)
-            listener.setblocking(False)
+            listener = _listen(world)
         port, token = share((listener.getsockname()[1], secrets.token_hex(16)) if listener else (0, ""))
         if world.rank:
             try:
@@ -239,6 +237,17 @@ class Watchdog:
             faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
             return "this log"
         return str(path.parent)
+
+
+def _listen(world: World) -> socket.socket:
+    """Rank 0's listener, on any free port: where there is IPv6, for both, since nodes may know one name by either."""
+    if socket.has_dualstack_ipv6():
+        listener = socket.create_server(("", 0), family=socket.AF_INET6, backlog=world.size, dualstack_ipv6=True)
+    else:
+        family = socket.getaddrinfo(world.master_addr, None)[0][0]
+        listener = socket.create_server(("", 0), family=family, backlog=world.size)
+    listener.setblocking(False)
+    return listener
 
 
 class _Link:

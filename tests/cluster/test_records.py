@@ -164,6 +164,17 @@ def test_prometheus_tells_what_happened(tmp_path: Path) -> None:
     assert not endpoint.target.exists()
 
 
+def test_an_attempt_that_was_replaced_leaves_its_successor_in_the_target_list(tmp_path: Path) -> None:
+    older, newer = (serve(ALONE, tmp_path, 0) for _ in range(2))
+    older.register()
+    newer.register()
+    older.deregister()
+    (targets,) = json.loads(newer.target.read_text())
+    assert targets["targets"] == [f"127.0.0.1:{newer.port}"]
+    newer.deregister()
+    assert not newer.target.exists()
+
+
 def test_prometheus_names_are_frozen(tmp_path: Path) -> None:
     """Dashboards and alerts hang on these names."""
     endpoint = serve(ALONE, tmp_path, 0)

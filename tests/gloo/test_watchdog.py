@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,19 +20,18 @@ def outcome(folder: Path, what: str, faulty: int) -> tuple[list[int], list[str]]
     return outcome_of(folder, "work_watchdog.py", RANKS, what, str(faulty), str(folder / "stacks"))
 
 
-def outcome_of(folder: Path, worker: str, size: int, *arguments: str) -> tuple[list[int], list[str]]:
+def outcome_of(
+    folder: Path, worker: str, size: int, *arguments: str, own_address: str = "127.0.0.1"
+) -> tuple[list[int], list[str]]:
+    """`own_address`: what rank 0 knows itself by."""
     port, ranks = free_port(), []
     for rank in range(size):
         command = [sys.executable, str(HERE / worker), str(folder / f"{rank}.json"), *arguments]
+        variables = {**environment(rank, size, port), "PYTHONPATH": str(HERE.parents[1])}
+        if rank == 0:
+            variables["MASTER_ADDR"] = own_address
         with (folder / f"{rank}.err").open("w") as log:
-            ranks.append(
-                subprocess.Popen(
-                    command,
-                    cwd=HERE.parents[1],
-                    env={**environment(rank, size, port), "PYTHONPATH": str(HERE.parents[1])},
-                    stderr=log,
-                )
-            )
+            ranks.append(subprocess.Popen(command, cwd=HERE.parents[1], env=variables, stderr=log))
     try:
         statuses = [rank.wait(120) for rank in ranks]
     finally:
@@ -71,6 +71,23 @@ def test_slow_ranks_are_known_and_nobody_is_hurt(tmp_path: Path) -> None:
     statuses, said = outcome(tmp_path, "slow", 2)
     assert (statuses, said) == ([0, 0, 0], ["", "", ""])
     assert [float((tmp_path / f"{rank}.json").read_text()) for rank in range(RANKS)] == [1.0, 1.0, 3.0]
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
+def test_rank_0_is_reached_by_ipv4_where_its_name_leads_to_ipv6_first(tmp_path: Path) -> None:
+    told = ("slow", "1", str(tmp_path / "stacks"))
+    statuses, said = outcome_of(tmp_path, "work_watchdog.py", 2, *told, own_address="::1")
+    assert (statuses, said) == ([0, 0], ["", ""])
+    assert [float((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [1.0, 3.0]
 
 
 @pytest.mark.slow
