@@ -53,7 +53,7 @@ def validate(
     tau = math.nan
     with torch.no_grad():
         for cpu_batch in batches:
-            batch = cpu_batch.to(_device(backbone, engine))
+            batch = cpu_batch.to(_device(engine))
             found = _embed(engine, backbone, batch, settings)
             rows = Rows(found.slots_BNE, found.primitives_BTE, batch.objects_BT, batch.sample_ids_B, batch.rows_B)
             contrastive = contrastive_sum(rows, gather_rows, settings.rank, found.tau_1, settings.loss.score)
@@ -142,5 +142,5 @@ def _retrieval(everyone: list, settings: StepSettings, position_dims: int) -> di
     }
 
 
-def _device(backbone: Backbone, engine: Engine) -> torch.device:
+def _device(engine: Engine) -> torch.device:
     return next(engine.module.parameters()).device
