@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Literal
 
 from cluster.durable import sync
 from nsi.errors import UserError
+
+_NAME = re.compile(r"attempt-(\d{4,})\.json")
 
 
 @dataclass(frozen=True)
@@ -80,18 +83,28 @@ def _write(path: Path, attempt: Attempt, mode: Literal["x", "w"]) -> None:
 
 def read_attempts(folder: Path) -> list[Attempt]:
     """All attempts of a run, in order. One whose file was cut is left out: it never did a step."""
-    attempts = []
-    for path in sorted(folder.glob("attempt-*.json")):
-        try:
-            attempts.append(Attempt(**json.loads(path.read_text())))
-        except (ValueError, TypeError):
-            continue
-    return attempts
+    return [attempt for path in sorted(folder.glob("attempt-*.json")) if (attempt := _read(path))]
 
 
 def is_replaced(folder: Path, attempt: Attempt) -> bool:
-    """Whether a newer attempt has begun: the older one must not write any more."""
-    return any(each.number > attempt.number for each in read_attempts(folder))
+    """Whether a newer attempt has begun: the older one must not write any more.
+
+    Raises OSError where the storage gives no answer: then nobody knows.
+    """
+    try:
+        names = os.listdir(folder)  # a glob would take a folder that cannot be read for an empty one
+    except FileNotFoundError:  # it was taken away, and nobody has begun anew in its place
+        return False
+    numbers = [(int(match[1]), name) for name in names if (match := _NAME.fullmatch(name))]
+    return any(_read(folder / name) for number, name in numbers if number > attempt.number)
+
+
+def _read(path: Path) -> Attempt | None:
+    """An attempt from its file; None where that was cut."""
+    try:
+        return Attempt(**json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        return None
 
 
 def is_superseded(step: int, number: int, attempts: list[Attempt]) -> bool:

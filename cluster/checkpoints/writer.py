@@ -6,6 +6,7 @@ checkpoints come, what waits gives way to the newer, which says all that it said
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +36,7 @@ class CheckpointWriter:
         is_void: IsVoid = lambda step, attempt: False,
     ) -> None:
         """`is_replaced` says whether another attempt has taken over: then nothing is written any more. `before` is
-        called in the background before each checkpoint, which is not written where it raises OSError."""
+        called in the background before each checkpoint. No checkpoint is written where either raises OSError."""
         self._folder = folder
         self._retention = retention
         self._is_replaced = is_replaced
@@ -55,11 +56,12 @@ class CheckpointWriter:
         `keep_also`: steps to keep whatever becomes of the others, be they on disk or still waiting. Raises UserError
         where another attempt has taken over.
         """
-        if self._is_replaced():
-            raise UserError(
-                f"{self._folder.parent}: a newer attempt trains this run; this one ends without writing "
-                "(to run both, give each a --log_path of its own)"
-            )
+        with contextlib.suppress(OSError):  # nobody knows; it is asked again before the checkpoint gets its name
+            if self._is_replaced():
+                raise UserError(
+                    f"{self._folder.parent}: a newer attempt trains this run; this one ends without writing "
+                    "(to run both, give each a --log_path of its own)"
+                )
         with self._changed:
             for old in [each for each in self._waiting if each.checkpoint.step not in keep_also]:
                 self._waiting.remove(old)

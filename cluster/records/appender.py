@@ -59,8 +59,13 @@ class Appender:
             sync(path)
             sync(path.parent)
 
+    def tell(self, trouble: str) -> None:
+        """Takes what another thread could not do in the same storage, for `troubles`."""
+        with self._changed:
+            self._troubles.append(trouble)
+
     def troubles(self) -> list[str]:
-        """What went wrong since the last call: a line each time that writing began to fail."""
+        """What went wrong since the last call: a line each time that writing began to fail, and what `tell` took."""
         with self._changed:
             troubles, self._troubles = self._troubles, []
         return troubles

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.checkpoints.attempt import Attempt, is_replaced
+from cluster.checkpoints.attempt import Attempt
 from cluster.checkpoints.writer import CheckpointWriter
 from cluster.records.appender import Appender
-from cluster.records.beat import beat_path, write_beat
 from cluster.records.clock import Clock
 from cluster.records.events import EventLog
 from cluster.watch.stop import StopRequest
@@ -15,10 +14,10 @@ from cluster.watch.watchdog import Watchdog
 from cluster.world import World
 from launch import runfolder
 from launch.config import TrainConfig
+from launch.training.lookout import Lookout
 
 LAST_CHECKPOINT_S = 30.0  # what a checkpoint on its way to the disk may still take
 LAST_LINES_S = 5.0
-LOOK_EVERY = 5  # ticks between two looks for a newer attempt, which a shared folder has to answer
 
 
 class Guard:
@@ -31,7 +30,7 @@ class Guard:
         self.log: EventLog | None = None
         self.appender: Appender | None = None
         self.saver: CheckpointWriter | None = None
-        self._ticks = 0
+        self.lookout: Lookout | None = None  # rank 0's
 
     def watchdog(self) -> Watchdog:
         """The watchdog that asks this guard."""
@@ -44,15 +43,11 @@ class Guard:
         return self._config.log_path / runfolder.STACKS / name
 
     def _look(self) -> str | None:
-        """A reason to end at once; and rank 0 leaves a sign of life."""
+        """A reason to end at once. It touches no file: see the lookout."""
         run, grace_s = self._config.log_path, self._config.watch.grace_seconds
         if self._stop.is_overdue(grace_s):
             return f"asked to stop by {self._stop.reason}, and not done --grace_seconds {grace_s:g} later"
-        if self._world.rank or not self.attempt:
-            return None
-        write_beat(beat_path(run / runfolder.EVENTS, self.attempt.number), self._clock)
-        self._ticks += 1
-        if self._ticks % LOOK_EVERY == 0 and is_replaced(run / runfolder.ATTEMPTS, self.attempt):
+        if self.lookout and self.lookout.is_replaced:
             return f"{run}: a newer attempt trains this run; this one ends (to run both, give each its own --log_path)"
         return None
 

@@ -27,6 +27,7 @@ from launch.config import TrainConfig, check
 from launch.training.choose import Choice, choose, load_chosen
 from launch.training.display import training_display
 from launch.training.guard import Guard
+from launch.training.lookout import Lookout
 from launch.training.micro_batch import micro_rows
 from launch.training.prepare import Parts, begin, catch_up, prepare
 from launch.training.trainer import Means, Trainer, total_steps
@@ -63,6 +64,8 @@ def train(config: TrainConfig, stop: StopRequest) -> None:
         closing.enter_context(ending_in_order(config.log_path / runfolder.RUNNING, attempt.number, world.rank))
         clock.enter("start", attempt.restored_step)
         appender = Appender()
+        if world.rank == 0:
+            guard.lookout = closing.enter_context(Lookout(config.log_path, attempt, clock, appender.tell))
         closing.callback(appender.close)
         endpoint.register()
         closing.callback(endpoint.deregister)

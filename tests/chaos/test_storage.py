@@ -1,4 +1,4 @@
-"""Storage that fails under a real run: full, read-only, slow, or with files that vanish.
+"""Storage that fails under a real run: full, read-only, slow, or with files that vanish or cannot be read.
 
 Steps go on, a metric tells, no good checkpoint gives way to a bad one, and once the storage is well again the run is
 what it would have been without: the same losses, bit for bit, and a ledger that is proven.
@@ -250,6 +250,23 @@ def test_a_ledger_that_vanishes(mother: Zygote, start: Callable[..., Watched], w
     assert run.stop() == 0
     assert "step 0 (from 0) is not in the ledger" in refused(nsi("audit", folder))
     ledger.write_text(gone.read_text() + ledger.read_text())
+    check_proven(folder, whole)
+
+
+def test_attempts_that_cannot_be_read(
+    mother: Zygote, start: Callable[..., Watched], whole: Whole, tmp_path: Path
+) -> None:
+    """Nobody knows then whether the run has been taken over: steps go on, but no checkpoint is completed."""
+    folder = tmp_path / "run"
+    run = start(mother, folder, folder)
+    run.until(lambda: run.newest() >= 8)
+    unreadable = folder / runfolder.ATTEMPTS / "attempt-0002.json"
+    unreadable.mkdir()
+    run.go_on_in_trouble()
+    before = run.newest()
+    unreadable.rmdir()
+    run.until(lambda: run.newest() > before)
+    assert run.stop() == 0
     check_proven(folder, whole)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.checkpoints.attempt import is_replaced, take_attempt
 from cluster.checkpoints.checkpoint import STATE, Checkpoint, read_checkpoint, write_checkpoint
 from cluster.checkpoints.retention import Retention
 from cluster.checkpoints.writer import CheckpointWriter
@@ -118,6 +119,32 @@ def test_a_replaced_attempt_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a newer attempt trains this run"):
         writer.submit(make(5), frozenset())
     assert (tmp_path / "step-00000005" / STATE).stat().st_mtime_ns == before
+
+
+def test_while_nobody_knows_who_trains_the_run_no_checkpoint_is_completed(tmp_path: Path) -> None:
+    """And the run goes on; what becomes known then counts."""
+    attempts, checkpoints = tmp_path / "attempts", tmp_path / "checkpoints"
+    attempt = take_attempt(attempts, 1, "none", 0)
+    unreadable = attempts / "attempt-0002.json"
+    unreadable.mkdir()  # an error of its own kind, which needs no broken disk
+    writer = CheckpointWriter(checkpoints, Retention(9), is_replaced=lambda: is_replaced(attempts, attempt))
+    for step in (1, 2):
+        writer.submit(make(step), frozenset())
+        assert not writer.wait()
+        (trouble,) = writer.troubles()
+        assert "the checkpoint could not be written (Is a directory)" in trouble
+    assert list(checkpoints.iterdir()) == []
+    unreadable.rmdir()
+    writer.finish(pauses_s=(0.0,))
+    assert names(checkpoints) == ["step-00000002"]
+    unreadable.mkdir()
+    writer.submit(make(3), frozenset())
+    assert not writer.wait()
+    unreadable.rmdir()
+    take_attempt(attempts, 1, "none", 2)
+    with pytest.raises(UserError, match="a newer attempt trains this run"):
+        writer.finish(pauses_s=(0.0,))
+    assert names(checkpoints) == ["step-00000002"]
 
 
 def test_an_attempt_that_is_replaced_while_it_writes_leaves_what_its_successor_wrote(tmp_path: Path) -> None:

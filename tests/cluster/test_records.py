@@ -81,6 +81,17 @@ def test_an_attempt_learns_that_it_was_replaced(tmp_path: Path) -> None:
     assert not is_replaced(tmp_path, second)
 
 
+def test_who_is_not_answered_does_not_know_whether_it_was_replaced(tmp_path: Path) -> None:
+    first = take_attempt(tmp_path / "attempts", 1, "none", 0)
+    (tmp_path / "attempts" / "attempt-0002.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        is_replaced(tmp_path / "attempts", first)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="symbolic links"):
+        is_replaced(tmp_path / "loop", first)
+    assert not is_replaced(tmp_path / "taken away", first)
+
+
 def test_broken_numbers_become_null(tmp_path: Path) -> None:
     """NaN is no JSON, and other programs read these lines."""
     appender = Appender()
@@ -93,9 +104,10 @@ def test_broken_numbers_become_null(tmp_path: Path) -> None:
 
 
 def test_a_cut_attempt_file_is_passed_over(tmp_path: Path) -> None:
-    take_attempt(tmp_path, 1, "none", 0)
+    first = take_attempt(tmp_path, 1, "none", 0)
     (tmp_path / "attempt-0002.json").write_text('{"number": 2')
     assert len(read_attempts(tmp_path)) == 1
+    assert not is_replaced(tmp_path, first)
     assert take_attempt(tmp_path, 1, "none", 0).number == 3
 
 

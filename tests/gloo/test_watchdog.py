@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.records.beat import beat_path
 from tests.gloo.worlds import HERE, environment, free_port
 
 RANKS = 3
@@ -71,6 +73,17 @@ def test_slow_ranks_are_known_and_nobody_is_hurt(tmp_path: Path) -> None:
     statuses, said = outcome(tmp_path, "slow", 2)
     assert (statuses, said) == ([0, 0, 0], ["", "", ""])
     assert [float((tmp_path / f"{rank}.json").read_text()) for rank in range(RANKS)] == [1.0, 1.0, 3.0]
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_stands_still_silences_no_watchdog(tmp_path: Path) -> None:
+    """Rank 0 still tells the others how slow they are. The beat is a pipe, which nobody reads."""
+    beat = beat_path(tmp_path / "run" / "events", 1)
+    beat.parent.mkdir(parents=True)
+    os.mkfifo(beat)
+    statuses, said = outcome_of(tmp_path, "work_stalled.py", 2, str(tmp_path / "run"))
+    assert (statuses, said) == ([0, 0], ["", ""])
+    assert [(tmp_path / f"{rank}.json").read_text() for rank in range(2)] == ["1.0", "3.0"]
 
 
 def has_ipv6() -> bool:
