@@ -66,21 +66,6 @@ def go_on_from(folder: Path, attempt: Attempt, step: int) -> Attempt:
     return changed
 
 
-def _path(folder: Path, number: int) -> Path:
-    return folder / f"attempt-{number:04d}.json"
-
-
-def _cannot_write(folder: Path, error: OSError) -> UserError:
-    return UserError(f"{folder}: cannot be written ({error.strerror}); make room, or choose another --log_path")
-
-
-def _write(path: Path, attempt: Attempt, mode: Literal["x", "w"]) -> None:
-    with path.open(mode) as file:
-        json.dump(asdict(attempt), file)
-        file.flush()
-        os.fsync(file.fileno())  # an audit must know where attempts went on from
-
-
 def read_attempts(folder: Path) -> list[Attempt]:
     """All attempts of a run, in order. One whose file was cut is left out: it never did a step."""
     return [attempt for path in sorted(folder.glob("attempt-*.json")) if (attempt := _read(path))]
@@ -99,6 +84,11 @@ def is_replaced(folder: Path, attempt: Attempt) -> bool:
     return any(_read(folder / name) for number, name in numbers if number > attempt.number)
 
 
+def is_superseded(step: int, number: int, attempts: list[Attempt]) -> bool:
+    """Whether a later attempt went on from before this step, so that what attempt `number` said of it is void."""
+    return any(later.number > number and later.restored_step < step for later in attempts)
+
+
 def _read(path: Path) -> Attempt | None:
     """An attempt from its file; None where that was cut."""
     try:
@@ -107,6 +97,16 @@ def _read(path: Path) -> Attempt | None:
         return None
 
 
-def is_superseded(step: int, number: int, attempts: list[Attempt]) -> bool:
-    """Whether a later attempt went on from before this step, so that what attempt `number` said of it is void."""
-    return any(later.number > number and later.restored_step < step for later in attempts)
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"attempt-{number:04d}.json"
+
+
+def _cannot_write(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder}: cannot be written ({error.strerror}); make room, or choose another --log_path")
+
+
+def _write(path: Path, attempt: Attempt, mode: Literal["x", "w"]) -> None:
+    with path.open(mode) as file:
+        json.dump(asdict(attempt), file)
+        file.flush()
+        os.fsync(file.fileno())  # an audit must know where attempts went on from

@@ -33,7 +33,7 @@ class StopRequest:
         """Whether there is a reason to stop by now; `deadline` in seconds since 1970. One rank looks for the file."""
         if self.reason is None and time.time() >= deadline:
             self._wish("its time limit")
-        if self.reason is None and stop_file and stop_file.exists():
+        if self.reason is None and stop_file and _is_there(stop_file):
             self._wish(str(stop_file))
             self.is_for_good = _content(stop_file) != REQUEUE
         return self.reason is not None
@@ -63,6 +63,13 @@ def deadline(began: float, limit_s: float, grace_s: float, environ: Mapping[str,
     if slurm_end.isdigit() and int(slurm_end) > began:
         ends.append(float(slurm_end))
     return min(ends, default=math.inf) - grace_s
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a file server that has no answer now is asked again after the next step
+        return False
 
 
 def _content(path: Path) -> str:

@@ -68,3 +68,11 @@ def test_a_stop_file_is_for_good_and_a_deadline_is_not(tmp_path: Path) -> None:
     assert (by_time.reason, by_time.is_for_good) == ("its time limit", False)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def test_a_file_server_that_gives_no_answer_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    nobody_knows = tmp_path / ("x" * 300)  # "File name too long": an error of its own kind, as EIO is
+    with pytest.raises(OSError, match="too long"):
+        nobody_knows.exists()
+    assert not StopRequest().look(nobody_knows, math.inf)
