@@ -16,7 +16,7 @@ from launch import runfolder
 from nsi.errors import UsageError, UserError
 
 if TYPE_CHECKING:
-    from launch.config import TrainConfig
+    from launch.config import BackboneConfig, TrainConfig
     from launch.evaluate import EvalConfig
     from launch.features import FeaturesConfig
     from launch.shard import ShardConfig
@@ -112,6 +112,8 @@ def _train(job: Job) -> Iterator[Finding]:
     for flag, path in named.items():
         if path and not exists(job.folder / path):
             yield Finding(f"--{flag} {path}: no such file; correct the path")
+    if not config.data.features:
+        yield from _from_the_hub(config.backbone)
     yield from _place(config.log_path, job, "--log_path", writes=True)
     launcher = job.site.get("NSI_LAUNCHER") or LAUNCHERS[0]
     if launcher not in LAUNCHERS:
@@ -136,7 +138,24 @@ def _features(job: Job) -> Iterator[Finding]:
     weights = config.backbone.backbone_weights
     if weights and not exists(job.folder / weights):
         yield Finding(f"--backbone_weights {weights}: no such file; correct the path")
+    yield from _from_the_hub(config.backbone)
     yield from _place(config.out, job, "OUT", writes=True)
+
+
+def _from_the_hub(backbone: BackboneConfig) -> Iterator[Finding]:
+    """Weights that a node without internet would look for in vain, as far as this account's cache tells."""
+    from huggingface_hub import constants
+
+    from nsi.backbone import DCT
+
+    name = backbone.backbone
+    if name != DCT and not backbone.backbone_weights and not exists(f"{constants.HF_HUB_CACHE}/models--timm--{name}"):
+        yield Finding(
+            f"--backbone {name}: its weights are not in {constants.HF_HUB_CACHE}, and nodes without internet cannot "
+            f"fetch them; first run here: python -c \"import timm; timm.create_model('{name}', pretrained=True)\", or "
+            "give --backbone_weights",
+            is_warning=True,
+        )
 
 
 def _evaluate(job: Job) -> Iterator[Finding]:

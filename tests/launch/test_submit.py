@@ -188,6 +188,19 @@ def test_a_training_that_would_fail_is_refused(login: Path, shards: Path, flags:
     assert told in line
 
 
+def test_weights_that_nodes_cannot_fetch_are_told(login: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warning: the nodes may have internet after all."""
+    vit = "vit_tiny_patch16_224"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(login / "hub"))
+    told = f"warning: --backbone {vit}: its weights are not in {login / 'hub'}"
+    assert told in nsi("submit", *train(shards, "--backbone", vit)).err
+    assert "its weights" not in nsi("submit", *train(shards)).err  # of the demo's backbone, which has none
+    (login / "weights.pt").touch()
+    assert "its weights" not in nsi("submit", *train(shards, "--backbone", vit, "--backbone_weights", "weights.pt")).err
+    (login / "hub" / f"models--timm--{vit}").mkdir(parents=True)
+    assert "its weights" not in nsi("submit", *train(shards, "--backbone", vit)).err
+
+
 def test_each_thing_that_is_wrong_is_a_line(login: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NSI_LAUNCHER", "mpirun")
     monkeypatch.setenv("NSI_STAGE", "1")
