@@ -144,12 +144,13 @@ def _features(job: Job) -> Iterator[Finding]:
 
 def _from_the_hub(backbone: BackboneConfig) -> Iterator[Finding]:
     """Weights that a node without internet would look for in vain, as far as this account's cache tells."""
+    import timm
     from huggingface_hub import constants
 
-    from nsi.backbone import DCT
-
     name = backbone.backbone
-    if name != DCT and not backbone.backbone_weights and not exists(f"{constants.HF_HUB_CACHE}/models--timm--{name}"):
+    known = None if backbone.backbone_weights else timm.get_pretrained_cfg(name)  # None for "dct", too
+    place = known and known.hf_hub_id and f"models--{known.hf_hub_id.replace('/', '--')}"
+    if place and not exists(Path(constants.HF_HUB_CACHE, place)):
         yield Finding(
             f"--backbone {name}: its weights are not in {constants.HF_HUB_CACHE}, and nodes without internet cannot "
             f"fetch them; first run here: python -c \"import timm; timm.create_model('{name}', pretrained=True)\", or "

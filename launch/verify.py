@@ -9,6 +9,7 @@ import tyro
 
 from launch.progress import progress
 from nsi.errors import UsageError, UserError
+from shards.manifest import Manifest
 from shards.processes import process_pool
 from shards.reading.dataset import load_manifest
 from shards.reading.storage import open_storage
@@ -38,8 +39,14 @@ def run(config: VerifyConfig) -> None:
         print(fault)
     if faults:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise UserError(
-            f"{config.shards}: {count}; restore what is named above, or remove those tars and give the command again "
-            "that wrote them (made straight from an archive: into another folder, to copy them from there)"
-        )
+        raise UserError(f"{config.shards}: {count}; restore what is named above, or {_write_again(manifest)}")
     print(f"{config.shards}: {total} samples, all as they were written (fingerprint {manifest.fingerprint[:12]})")
+
+
+def _write_again(manifest: Manifest) -> str:
+    if manifest.features:
+        return "make the store anew in another folder"
+    return (
+        "remove those tars and give the command again that wrote them (made straight from an archive: into another "
+        "folder, to copy them from there)"
+    )

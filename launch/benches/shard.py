@@ -57,8 +57,15 @@ def linked(source: Path, out: Path) -> Path:
         into = out / Path(folder.name).relative_to(source)
         into.mkdir(parents=True, exist_ok=True)
         for place in places_in(folder).values():
-            os.link(place.path, into / Path(place.path).name)
+            _link(os.path.realpath(place.path), into / Path(place.path).name)
     return out
+
+
+def _link(source: str, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # it lies on another disk, or is somebody else's
+        shutil.copyfile(source, target)
 
 
 def _seconds(command: Sequence[str], target: Path, then: Callable[[], None] = lambda: None) -> float:

@@ -72,7 +72,8 @@ def saved_since(run: Path, choice: Choice) -> int | None:
     An attempt that is still there when its successor starts saves until it learns of it.
     """
     complete = [each for each in survey(run / runfolder.CHECKPOINTS) if each.is_complete]
-    return max((step for step, _ in _names(complete) - choice.seen), default=None)
+    later = max((step for step, _ in _names(complete) - choice.seen), default=-1)
+    return later if later > (-1 if choice.step is None else choice.step) else None
 
 
 def load_chosen(run: Path, choice: Choice) -> Checkpoint | None:

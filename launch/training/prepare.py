@@ -136,7 +136,7 @@ def begin(config: TrainConfig, world: World, parts: Parts, choice: Choice, start
     step = parts.restored.step if parts.restored else 0
     attempts = config.log_path / runfolder.ATTEMPTS
     attempt = take_attempt(attempts, world.size, world.launcher, step, started)
-    if later := saved_since(config.log_path, choice):
+    if (later := saved_since(config.log_path, choice)) is not None:
         attempt = go_on_from(attempts, attempt, later)  # at once: an attempt that goes on from before makes it void
     with contextlib.suppress(OSError):  # what stays takes some room, and is tried again after a checkpoint
         clear_leftovers(config.log_path / runfolder.CHECKPOINTS, attempt.number)

@@ -56,12 +56,12 @@ def train(config: TrainConfig, stop: StopRequest) -> None:
         # The first thing that writes to RUN.
         attempt = share(together(lambda: begin(config, world, parts, choice, clock.began)))
         assert attempt is not None
+        closing.enter_context(ending_in_order(config.log_path / runfolder.RUNNING, attempt.number, world.rank))
         if attempt.restored_step != (restored.step if restored else 0):
             # Another attempt, which ends now, has saved more since the choice: that must not be done again, nor lost.
             choice, restored, parts = _choose_and_prepare(config, world, clock)
             attempt = share(together(functools.partial(catch_up, config, world, parts, attempt)))
             assert attempt is not None
-        closing.enter_context(ending_in_order(config.log_path / runfolder.RUNNING, attempt.number, world.rank))
         clock.enter("start", attempt.restored_step)
         appender = Appender()
         if world.rank == 0:

@@ -160,7 +160,8 @@ class Trainer:
             self._tell_of_writing()
         finished = now.step >= total
         if stop_file and stop.reason == str(stop_file):
-            stop_file.unlink(missing_ok=True)  # done as told; left there it would stop what is started later
+            with contextlib.suppress(OSError):
+                stop_file.unlink()  # done as told; left there it would stop what is started later
         self._log.emit(self._log.instant("stop", {"finished": finished}))
         if not finished and self._means.world.rank == 0 and not stop.is_for_good:
             # A batch script reads this mark: the job was cut, not done, and wants to be queued again.

@@ -137,7 +137,7 @@ def _glimpses(path: Path, split: str) -> Iterator[bytes]:
 
 
 def _pixels(images: Any, row: int, every: int, where: str) -> np.ndarray:
-    """Every so-manieth line of a picture. Raises UserError where it cannot be read."""
+    """Every `every`-th line of a picture. Raises UserError where it cannot be read."""
     try:
         return images[row, ::every]
     except (OSError, RuntimeError) as error:

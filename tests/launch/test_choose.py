@@ -172,3 +172,14 @@ def test_what_was_saved_while_a_start_prepared_is_not_undone(shards: Path, run: 
     assert saved_since(run, again) is None
     assert catch_up(config, alone, prepared(config), attempt) == attempt
     assert [each.restored_step for each in read_attempts(run / "attempts")] == [0, 4]
+
+
+def test_a_state_that_could_not_be_read_for_a_moment_is_not_a_later_checkpoint(shards: Path, run: Path) -> None:
+    """Its attempt was not known at the choice, and is afterwards."""
+    config, state = configured(shards, run), checkpoint_path(run / "checkpoints", 0) / STATE
+    whole = state.read_bytes()
+    state.write_bytes(b"")
+    choice = choose(config)
+    state.write_bytes(whole)
+    assert choice.step == 2
+    assert saved_since(run, choice) is None

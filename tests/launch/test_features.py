@@ -142,7 +142,7 @@ def test_verify_checks_a_store(store: Path, int8: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(store, tmp_path / "copy"))
     flip(copy, "train", 13)
     said = nsi("verify", copy, "--workers", 1)
-    assert f"{copy}: 2 faults;" in refused(said)
+    assert f"{copy}: 2 faults; restore what is named above, or make the store anew in another folder" in refused(said)
     assert "train-000001.tar: image of" in said.out
 
 

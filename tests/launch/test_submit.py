@@ -197,7 +197,7 @@ def test_weights_that_nodes_cannot_fetch_are_told(login: Path, shards: Path, mon
     assert "its weights" not in nsi("submit", *train(shards)).err  # of the demo's backbone, which has none
     (login / "weights.pt").touch()
     assert "its weights" not in nsi("submit", *train(shards, "--backbone", vit, "--backbone_weights", "weights.pt")).err
-    (login / "hub" / f"models--timm--{vit}").mkdir(parents=True)
+    (login / "hub" / f"models--timm--{vit}.augreg_in21k_ft_in1k").mkdir(parents=True)  # by its whole name
     assert "its weights" not in nsi("submit", *train(shards, "--backbone", vit)).err
 
 

@@ -259,9 +259,11 @@ def test_other_launchers_save_and_come_back(cluster, tmp_path, shards, truth, ca
         cluster, tmp_path, shards, "--nodes=2", "--gpus-per-node=2", environment={"NSI_LAUNCHER": launcher}
     )
     training.wait_for_step(5)
+    assert (training.run / "running").read_text() == f"1 {training.job}\n"  # or it would not come back if a rank died
     cluster.run(["scancel", "--batch", "--signal=USR1", str(training.job)])
     training.wait_for_start(1)
     training.wait_for_end(restarts=1)
+    assert not (training.run / "stop").exists()
     assert [each["world_size"] for each in attempts(training.run)] == [4, 4]
     proven(training, truth, capsys)
 
