@@ -75,6 +75,7 @@ def test_every_stage_has_the_one_process_gradient(tmp_path: Path, size: int) -> 
             assert difference <= 1e-5 * max(parameter.grad.norm().item(), 1e-3 * norm), name
 
 
+@pytest.mark.long
 def test_state_moves_between_worlds_stages_and_precisions(tmp_path: Path, truth: dict) -> None:
     """Two ranks stop after half the steps; one, two or three ranks at another stage go on."""
     half = {"steps": STEPS // 2}

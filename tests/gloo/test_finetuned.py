@@ -44,7 +44,7 @@ def all_shared(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize(
     ("size", "micro_rows"),
-    [(1, 2), (2, 0), (3, 2), *(pytest.param(*each, marks=pytest.mark.long) for each in ((1, 0), (2, 2), (3, 0)))],
+    [(1, 2), (2, 0), *(pytest.param(*each, marks=pytest.mark.long) for each in ((1, 0), (2, 2), (3, 0), (3, 2)))],
 )
 def test_every_stage_trains_as_one_process(
     tmp_path: Path, truths: dict[str, Trained], all_shared: str, size: int, micro_rows: int
@@ -95,6 +95,7 @@ def test_zero_3_takes_the_module_apart_before_any_device_has_it(tmp_path: Path) 
         assert sum(apart["pieces"].values()) < 1.01 * everything / size
 
 
+@pytest.mark.long
 def test_a_trained_backbone_moves_between_worlds_and_stages(tmp_path: Path, truths: dict[str, Trained]) -> None:
     half = STEPS // 2
     plan = [case(stage, steps=half, save=str(tmp_path / f"from-{stage}")) for stage in (0, 3)]

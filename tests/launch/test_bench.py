@@ -53,6 +53,7 @@ def test_each_suite_says_its_names(suite: str, names: list[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_score_takes_less_memory_than_the_dense_form() -> None:
     """Its two comparisons; the large batch that it tells of afterwards takes a minute."""
     time, memory = itertools.islice(score.comparisons(None, 0), 2)
