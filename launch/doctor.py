@@ -20,7 +20,7 @@ from cluster.nodes.exchange import listen
 from cluster.nodes.findings import Findings, leave, read_all
 from cluster.nodes.within import within
 from cluster.world import World, find_world, hosts
-from launch import runfolder
+from launch import hub, runfolder
 from launch.doctor_text import to_lines
 from nsi.errors import UsageError, UserError
 from shards.manifest import MANIFEST, parse_manifest
@@ -49,6 +49,11 @@ class DoctorConfig:
     """Run folder, as in `nsi train`: all nodes must see and write the same one. It is made where it is missing."""
     backbone_weights: Path | None = None
     """The weights of the ViT, as in `nsi train`: must be readable on all nodes."""
+    backbone: str | None = None
+    """The ViT, as in `nsi train`: without --backbone_weights, its weights must lie in each node's cache of the hub, or
+    the hub must answer there."""
+    recipe: str | None = None
+    """As in `nsi train`, for the --backbone that it sets where none is given."""
     scratch: Path | None = None
     """Folder on each node's own disk, which must be writable and not full."""
     gpus: int | None = None
@@ -130,10 +135,27 @@ def _look_here(config: DoctorConfig, world: World, mine: Findings, until: float)
     built, more = within(until - time.monotonic(), {"versions": node_checks.torch_build})
     if built:
         version, cuda = built["versions"]
-        seen, faults = within(config.seconds / 6, {"gpus": node_checks.gpus})
-        mine = replace(mine, packages={**mine.packages, "torch": version}, cuda=cuda, gpus=seen.get("gpus", ()))
-        more = faults if mine.gpus_asked else {}
+        mine = replace(mine, packages={**mine.packages, "torch": version}, cuda=cuda)
+        done, more = within(config.seconds / 6, _with_torch(config))
+        mine = replace(mine, **{name: fact for facts in done.values() for name, fact in facts.items()})
+        if not mine.gpus_asked:
+            more.pop("gpus", None)
     return replace(mine, driver=node_checks.has_driver(), troubles={**troubles, **more})
+
+
+def _with_torch(config: DoctorConfig) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What needs torch to be found out."""
+    works: dict[str, Callable[[], dict[str, Any]]] = {"gpus": lambda: {"gpus": node_checks.gpus()}}
+    if not config.backbone_weights and (config.backbone or config.recipe):
+        works["weights"] = lambda: {"weights_bytes": hub.weights_bytes(_backbone(config))}
+    return works
+
+
+def _backbone(config: DoctorConfig) -> str:
+    """The ViT that training would take, given the same flags."""
+    from launch.recipes import starting_point  # needs torch
+
+    return config.backbone or starting_point(["--recipe", config.recipe or ""]).backbone.backbone
 
 
 def _data(data_path: str) -> dict[str, Any]:
@@ -230,7 +252,7 @@ def _places(config: DoctorConfig) -> dict[str, str]:
     """What was looked at, by check."""
     asked = {
         "data": config.data_path,
-        "weights": config.backbone_weights,
+        "weights": config.backbone_weights or config.backbone or (config.recipe and f"of --recipe {config.recipe}"),
         "log_path": config.log_path,
         "scratch": config.scratch,
     }

@@ -45,7 +45,7 @@ def _well(check: str, known: Sequence[Findings], places: dict[str, str]) -> str:
     if check == "data":
         return f"{places[check]}: fingerprint {first.data[:12]}, {first.data_bytes / GB:.2f} GB"
     if check == "weights":
-        return f"{places[check]}: {first.weights_bytes / _MB:.1f} MB"
+        return f"{places[check]}: {_weights(known)}"
     if check == "log_path":
         return f"{places[check]}: " + ("one folder, which all nodes see and can write" if several else "can be written")
     if check == "scratch":
@@ -56,6 +56,13 @@ def _well(check: str, known: Sequence[Findings], places: dict[str, str]) -> str:
         clocks = [each.clock for each in known if each.clock is not None]
         return f"within {max(clocks) - min(clocks):.2f} s of each other" if clocks else ""
     return _network(known)
+
+
+def _weights(known: Sequence[Findings]) -> str:
+    sizes = [each.weights_bytes for each in known]
+    if not all(sizes):
+        return "fetched at the start, or none needed"
+    return f"{sizes[0] / _MB:.1f} MB"
 
 
 def _gpus(known: Sequence[Findings]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.nodes.sbatch import most_ranks
-from launch import runfolder
+from launch import hub, runfolder
 from nsi.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -144,19 +144,10 @@ def _features(job: Job) -> Iterator[Finding]:
 
 def _from_the_hub(backbone: BackboneConfig) -> Iterator[Finding]:
     """Weights that a node without internet would look for in vain, as far as this account's cache tells."""
-    import timm
-    from huggingface_hub import constants
-
-    name = backbone.backbone
-    known = None if backbone.backbone_weights else timm.get_pretrained_cfg(name)  # None for "dct", too
-    place = known and known.hf_hub_id and f"models--{known.hf_hub_id.replace('/', '--')}"
-    if place and not exists(Path(constants.HF_HUB_CACHE, place)):
-        yield Finding(
-            f"--backbone {name}: its weights are not in {constants.HF_HUB_CACHE}, and nodes without internet cannot "
-            f"fetch them; first run here: python -c \"import timm; timm.create_model('{name}', pretrained=True)\", or "
-            "give --backbone_weights",
-            is_warning=True,
-        )
+    place = None if backbone.backbone_weights else hub.place_of(backbone.backbone)
+    if place and not hub.cached(place):
+        text = f"{hub.missing(backbone.backbone)}, and nodes without internet cannot fetch them"
+        yield Finding(f"{text}; {hub.remedy(backbone.backbone)}", is_warning=True)
 
 
 def _evaluate(job: Job) -> Iterator[Finding]:

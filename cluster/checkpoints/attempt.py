@@ -16,6 +16,10 @@ from nsi.errors import UserError
 _NAME = re.compile(r"attempt-(\d{4,})\.json")
 
 
+class TakenOver(Exception):
+    """A newer attempt trains the run: an older one must not write any more."""
+
+
 @dataclass(frozen=True)
 class Attempt:
     """One start of a run: which, when, on how many ranks, and the step it went on from."""

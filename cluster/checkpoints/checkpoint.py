@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from cluster.checkpoints.attempt import TakenOver
 from cluster.checkpoints.folder import (
     COMPLETE,
     STATE,
@@ -58,8 +59,8 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, is_replaced: Callable
     """Writes a checkpoint so that it is whole or not there; an older attempt's of the same step is replaced. Returns
     its place.
 
-    Nothing is left of it where it cannot be written, or where `is_replaced` says, once all is written, that another
-    attempt has taken over meanwhile.
+    Nothing is left of it where it cannot be written, and where another attempt has taken over meanwhile, as
+    `is_replaced` says once all is written, or that attempt's checkpoint in this one's place: raises TakenOver.
     """
     target = checkpoint_path(folder, checkpoint.step)
     temporary = temporary_path(target, checkpoint.attempt)
@@ -67,8 +68,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, is_replaced: Callable
     try:
         marks = _write_files(temporary, checkpoint)
         if is_replaced() or not put_in_place(temporary, target, checkpoint.attempt):
-            shutil.rmtree(temporary)
-            return target
+            raise TakenOver
     except Exception:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk wants its room back
         raise

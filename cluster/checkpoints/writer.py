@@ -6,13 +6,13 @@ checkpoints come, what waits gives way to the newer, which says all that it said
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from cluster.checkpoints.attempt import TakenOver
 from cluster.checkpoints.checkpoint import Checkpoint, write_checkpoint
 from cluster.checkpoints.folder import IsVoid, prune
 from cluster.checkpoints.retention import Retention
@@ -36,7 +36,8 @@ class CheckpointWriter:
         is_void: IsVoid = lambda step, attempt: False,
     ) -> None:
         """`is_replaced` says whether another attempt has taken over: then nothing is written any more. `before` is
-        called in the background before each checkpoint. No checkpoint is written where either raises OSError."""
+        called before each checkpoint. Both are called in the background; where one raises OSError, that checkpoint is
+        not written."""
         self._folder = folder
         self._retention = retention
         self._is_replaced = is_replaced
@@ -48,20 +49,16 @@ class CheckpointWriter:
         self._newest: _Work | None = None  # until it lies on disk
         self._troubles: list[str] = []
         self._saved: list[int] = []
+        self._is_over = False  # another attempt has taken over
 
     def submit(self, checkpoint: Checkpoint, keep_also: frozenset[int]) -> None:
         """Takes a checkpoint and returns at once. One that is not written is told of by `troubles`: the run can go on,
         and the checkpoints before it stay.
 
         `keep_also`: steps to keep whatever becomes of the others, be they on disk or still waiting. Raises UserError
-        where another attempt has taken over.
+        where the checkpoint before found that another attempt has taken over.
         """
-        with contextlib.suppress(OSError):  # nobody knows; it is asked again before the checkpoint gets its name
-            if self._is_replaced():
-                raise UserError(
-                    f"{self._folder.parent}: a newer attempt trains this run; this one ends without writing "
-                    "(to run both, give each a --log_path of its own)"
-                )
+        self._refuse_if_over()
         with self._changed:
             for old in [each for each in self._waiting if each.checkpoint.step not in keep_also]:
                 self._waiting.remove(old)
@@ -96,15 +93,17 @@ class CheckpointWriter:
     def finish(self, pauses_s: Sequence[float] = (1.0, 4.0, 15.0)) -> None:
         """Waits for the newest checkpoint and tries again, after so many pauses, where it could not be written.
 
-        Raises UserError where it never could.
+        Raises UserError where it never could, and where another attempt has taken over.
         """
         for pause_s in pauses_s:
             if self.wait():
                 return
+            self._refuse_if_over()
             time.sleep(pause_s)
             assert self._newest is not None
             self.submit(*self._newest)
         if not self.wait():
+            self._refuse_if_over()
             raise UserError(
                 f"{self._troubles[-1]}; make room or mend the folder and start again, the run goes on from the one "
                 "before"
@@ -114,10 +113,17 @@ class CheckpointWriter:
         """Waits as `wait` does: for a run that ends for another reason already."""
         self.wait()
 
+    def _refuse_if_over(self) -> None:
+        if self._is_over:
+            raise UserError(
+                f"{self._folder.parent}: a newer attempt trains this run; this one ends without writing "
+                "(to run both, give each a --log_path of its own)"
+            )
+
     def _work(self) -> None:
         while True:
             with self._changed:
-                work = self._waiting.pop(0) if self._waiting else None
+                work = self._waiting.pop(0) if self._waiting and not self._is_over else None
                 if work is None:
                     self._thread = None
                 self._changed.notify_all()
@@ -133,6 +139,8 @@ class CheckpointWriter:
         failed = "the checkpoint could not be written"
         try:
             self._before()
+            if self._is_replaced():
+                raise TakenOver
             write_checkpoint(self._folder, work.checkpoint, self._is_replaced)
             with self._changed:
                 self._saved.append(work.checkpoint.step)
@@ -141,6 +149,8 @@ class CheckpointWriter:
             failed = "older checkpoints could not be removed"
             if not self._is_replaced():
                 prune(self._folder, work.checkpoint.attempt, self._retention, work.keep_also, self._is_void)
+        except TakenOver:
+            self._is_over = True
         except Exception as error:  # safetensors has errors of its own; none may get lost in this thread
             reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
             return f"{self._folder}: {failed} ({reason})"

@@ -1,4 +1,6 @@
-"""A wish to stop: a signal from the scheduler or a person, a stop file, a deadline. Training asks at every step."""
+"""A wish to stop: a signal from the scheduler or a person, a stop file, a deadline. Training asks at every step.
+
+The file is looked for by another thread: it lies on a shared folder, which may stand still."""
 
 from __future__ import annotations
 
@@ -29,14 +31,17 @@ class StopRequest:
             for number in SIGNALS:
                 signal.signal(number, self._remember)
 
-    def look(self, stop_file: Path | None, deadline: float) -> bool:
-        """Whether there is a reason to stop by now; `deadline` in seconds since 1970. One rank looks for the file."""
+    def look(self, deadline: float) -> bool:
+        """Whether there is a reason to stop by now; `deadline` in seconds since 1970."""
         if self.reason is None and time.time() >= deadline:
             self._wish("its time limit")
-        if self.reason is None and stop_file and _is_there(stop_file):
-            self._wish(str(stop_file))
-            self.is_for_good = _content(stop_file) != REQUEUE
         return self.reason is not None
+
+    def look_for(self, stop_file: Path) -> None:
+        """Looks for a stop file, if there is no other reason yet. One rank does."""
+        if self.reason is None and _is_there(stop_file):
+            self.is_for_good = _content(stop_file) != REQUEUE  # before the reason, which another thread reads
+            self._wish(str(stop_file))
 
     def is_overdue(self, grace_s: float) -> bool:
         """Whether the process is still here so long after it was asked to stop."""
@@ -68,7 +73,7 @@ def deadline(began: float, limit_s: float, grace_s: float, environ: Mapping[str,
 def _is_there(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # a file server that has no answer now is asked again after the next step
+    except OSError:  # a file server that has no answer now is asked again
         return False
 
 

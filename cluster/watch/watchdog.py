@@ -35,6 +35,7 @@ from nsi.errors import UserError
 
 TICK_S = 1.0
 SILENCE_S = 30.0  # without a word: the machine is gone, cut off or frozen
+STACKS_S = 5.0  # to write them: the shared folder may stand still, and be why the process ends
 FAREWELL_S = 2.0  # in which ranks leave by themselves when another has failed, as most do
 LATE_S = 10.0  # a tick so late means that we were frozen ourselves (a laptop slept), not all the others
 STUCK_S = 600.0  # without a tick: the interpreter itself is stuck, and only a thread without it can end the process
@@ -229,14 +230,22 @@ class Watchdog:
 
     def _write_stacks(self) -> str:
         path = self._stacks() / f"rank-{self._world.rank:05d}.txt"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w") as file:
-                faulthandler.dump_traceback(file, all_threads=True)
-        except OSError:
-            faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-            return "this log"
-        return str(path.parent)
+        written: list[Path] = []
+
+        def write() -> None:
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("w") as file:
+                    faulthandler.dump_traceback(file, all_threads=True)
+                written.append(path)
+
+        writing = threading.Thread(target=write, name="stacks", daemon=True)
+        writing.start()
+        writing.join(STACKS_S)
+        if written:
+            return str(path.parent)
+        faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        return "this log"
 
 
 def _listen(world: World) -> socket.socket:

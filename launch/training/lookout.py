@@ -1,7 +1,8 @@
-"""Rank 0's lookout: it leaves a sign of life in the run folder, and sees there whether a newer attempt trains the run.
+"""Rank 0's lookout: it leaves a sign of life in the run folder, and sees there whether a person wants the run to stop
+and whether a newer attempt trains it.
 
-It has a thread of its own, since a file server may stand still for minutes. The watchdog reads what was found and
-waits for no file: it would fall silent, which the other ranks take for a machine that is gone.
+It has a thread of its own, since a file server may stand still for minutes. Steps and the watchdog read what was found
+and wait for no file: steps would be taken for hanging, and a watchdog that falls silent for a machine that is gone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from cluster.checkpoints.attempt import Attempt, is_replaced
 from cluster.records.beat import beat_path, write_beat
 from cluster.records.clock import Clock
+from cluster.watch.stop import StopRequest
 from launch import runfolder
 
 BEAT_S = 1.0
@@ -23,16 +25,19 @@ LOOK_EVERY = 5  # beats between two looks for a newer attempt, which a shared fo
 class Lookout:
     """The lookout of one attempt, as long as a `with` block runs."""
 
-    def __init__(self, run: Path, attempt: Attempt, clock: Clock, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, run: Path, attempt: Attempt, clock: Clock, stop: StopRequest, tell: Callable[[str], None]
+    ) -> None:
         """`tell` hears, in the lookout's thread, each time that it begins to be unknown who trains the run."""
         self.is_replaced = False  # as far as is known
         self._attempts, self._attempt = run / runfolder.ATTEMPTS, attempt
         self._beat, self._clock = beat_path(run / runfolder.EVENTS, attempt.number), clock
-        self._tell = tell
+        self._stop, self._stop_file, self._tell = stop, run / runfolder.STOP, tell
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="lookout", daemon=True)
 
     def __enter__(self) -> Lookout:
+        self._stop.look_for(self._stop_file)  # what came before the first step counts at the first step
         self._thread.start()
         return self
 
@@ -45,6 +50,7 @@ class Lookout:
             if self._closing.wait(BEAT_S):
                 return
             write_beat(self._beat, self._clock)
+            self._stop.look_for(self._stop_file)
             if beat % LOOK_EVERY == 0:
                 trouble = self._look()
                 if trouble and not before:

@@ -65,7 +65,7 @@ def train(config: TrainConfig, stop: StopRequest) -> None:
         clock.enter("start", attempt.restored_step)
         appender = Appender()
         if world.rank == 0:
-            guard.lookout = closing.enter_context(Lookout(config.log_path, attempt, clock, appender.tell))
+            guard.lookout = closing.enter_context(Lookout(config.log_path, attempt, clock, stop, appender.tell))
         closing.callback(appender.close)
         endpoint.register()
         closing.callback(endpoint.deregister)

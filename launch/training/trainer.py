@@ -21,6 +21,7 @@ from cluster.records.events import Event, EventLog
 from cluster.records.ledger import LedgerWriter
 from cluster.records.sinks import Board
 from cluster.watch.stop import StopRequest
+from cluster.watch.stopwatch import stopwatch
 from cluster.watch.watchdog import Watchdog
 from cluster.world import World
 from launch import runfolder
@@ -111,7 +112,7 @@ class Trainer:
         )
         clock = self._clock
         meter = Meter(clock)
-        stop_file = config.log_path / runfolder.STOP if world.rank == 0 else None
+        own = stopwatch(self._means.device)
         stopped = False
         # A checkpoint that is on its way to the disk must get there, whatever ends the loop.
         with (
@@ -124,19 +125,16 @@ class Trainer:
             while now.step < total and not stopped:
                 clock.enter("step", now.step)
                 prefetch(now.step)
-                began = clock.now()
+                own.start()
                 with clock.spending("data_wait"):
                     batch = next(batches)
                 self._readings.add(now.step, batch)
                 lr = learning_rate(config.optim, now.step, total, now.plateau)
-
-                def met(began: float = began) -> None:
-                    self._means.watchdog.note(clock.now() - began)
-
-                result = training_step(self._engine, self._backbone, batch, now.step, lr, self._settings, met)
+                result = training_step(self._engine, self._backbone, batch, now.step, lr, self._settings, own.lap)
                 now.step += 1
                 clock.enter("step", now.step)
                 self._broken_steps = self._broken_steps + 1 if is_broken(result, config.engine.precision) else 0
+                self._means.watchdog.note(own.seconds())  # by now the device has been waited for
                 too_many = self._broken_steps > config.watch.nonfinite_limit
                 meter.count(result, broken=self._broken_steps > 0)
                 if now.step % config.watch.log_every == 0 or now.step == total or too_many:
@@ -153,13 +151,14 @@ class Trainer:
                     self._validate()
                 if now.step % config.watch.checkpoint_every == 0:
                     self._save()
-                stopped = any_rank(stop.look(stop_file, self._means.deadline))
+                stopped = any_rank(stop.look(self._means.deadline))
             self._save(at_the_end=True)
             with clock.spending("checkpoint"):
                 self.saver.finish()
             self._tell_of_writing()
         finished = now.step >= total
-        if stop_file and stop.reason == str(stop_file):
+        stop_file = config.log_path / runfolder.STOP
+        if stop.reason == str(stop_file):
             with contextlib.suppress(OSError):
                 stop_file.unlink()  # done as told; left there it would stop what is started later
         self._log.emit(self._log.instant("stop", {"finished": finished}))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cluster.checkpoints import checkpoint as module
-from cluster.checkpoints.attempt import Attempt, is_superseded
+from cluster.checkpoints.attempt import Attempt, TakenOver, is_superseded
 from cluster.checkpoints.checkpoint import (
     COMPLETE,
     MODEL,
@@ -154,7 +154,8 @@ def test_what_older_attempts_left_is_removed_and_what_a_newer_one_has_is_not(tmp
 def test_an_older_attempt_leaves_the_checkpoint_of_a_newer_one_in_its_place(tmp_path: Path) -> None:
     """The successor came to the same step, and the older attempt has not found out yet."""
     write_checkpoint(tmp_path, replace(make(5), attempt=3))
-    write_checkpoint(tmp_path, make(5))
+    with pytest.raises(TakenOver):
+        write_checkpoint(tmp_path, make(5))
     assert read_checkpoint(tmp_path / "step-00000005").attempt == 3
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
 

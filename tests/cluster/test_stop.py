@@ -53,17 +53,21 @@ def test_the_deadline(limit: float, environ: dict[str, str], expected: float) ->
 def test_a_batch_script_says_that_it_will_queue_the_run_again(tmp_path: Path, content: str, for_good: bool) -> None:
     (tmp_path / "stop").write_text(content)
     stop = StopRequest()
-    assert stop.look(tmp_path / "stop", math.inf)
+    stop.look_for(tmp_path / "stop")
+    assert stop.look(math.inf)
     assert stop.is_for_good is for_good
 
 
 def test_a_stop_file_is_for_good_and_a_deadline_is_not(tmp_path: Path) -> None:
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     by_file, by_time, by_none = StopRequest(), StopRequest(), StopRequest()
-    assert not by_none.look(tmp_path / "stop", time.time() + 1000)
-    assert by_time.look(tmp_path / "stop", time.time() - 1)
+    by_none.look_for(tmp_path / "stop")
+    assert not by_none.look(time.time() + 1000)
+    assert by_time.look(time.time() - 1)
     (tmp_path / "stop").touch()
-    assert by_file.look(tmp_path / "stop", time.time() + 1000)
+    for stop in (by_file, by_time):  # the first reason stays
+        stop.look_for(tmp_path / "stop")
+    assert by_file.look(time.time() + 1000)
     assert (by_file.reason, by_file.is_for_good) == (str(tmp_path / "stop"), True)
     assert (by_time.reason, by_time.is_for_good) == ("its time limit", False)
     for number, handler in handlers.items():
@@ -75,4 +79,6 @@ def test_a_file_server_that_gives_no_answer_stops_nothing(tmp_path: Path) -> Non
     nobody_knows = tmp_path / ("x" * 300)  # "File name too long": an error of its own kind, as EIO is
     with pytest.raises(OSError, match="too long"):
         nobody_knows.exists()
-    assert not StopRequest().look(nobody_knows, math.inf)
+    stop = StopRequest()
+    stop.look_for(nobody_knows)
+    assert not stop.look(math.inf)

@@ -69,6 +69,19 @@ def test_who_dies_takes_along_those_who_would_not_notice(tmp_path: Path, faulty:
 
 
 @pytest.mark.slow
+def test_nobody_stays_because_the_stacks_cannot_be_written(tmp_path: Path) -> None:
+    """Where a rank's stacks should go, there is a pipe that nobody reads; another's folder is none."""
+    (tmp_path / "stacks").mkdir()
+    os.mkfifo(tmp_path / "stacks" / "rank-00001.txt")
+    (tmp_path / "stacks" / "rank-00002.txt").mkdir()
+    statuses, said = outcome(tmp_path, "die", 0)
+    assert statuses == [7, 1, 1]
+    for text in said[1:]:
+        assert "; the stacks are in this log\n" in text
+        assert "work_watchdog.py" in text
+
+
+@pytest.mark.slow
 def test_slow_ranks_are_known_and_nobody_is_hurt(tmp_path: Path) -> None:
     statuses, said = outcome(tmp_path, "slow", 2)
     assert (statuses, said) == ([0, 0, 0], ["", "", ""])

@@ -25,9 +25,9 @@ class Looking(StopRequest):
         super().__init__()
         self.seen: list[list[str]] = []
 
-    def look(self, stop_file: Path | None, deadline: float) -> bool:
+    def look(self, deadline: float) -> bool:
         self.seen.append(mapped())
-        return super().look(stop_file, deadline)
+        return super().look(deadline)
 
 
 held = load_checkpoint(start)

@@ -36,7 +36,7 @@ with contextlib.ExitStack() as closing:
     watchdog = closing.enter_context(watching(guard.watchdog()))
     if world.rank == 0:
         attempt = Attempt(1, clock.began, world.size, "none", 0)
-        guard.lookout = closing.enter_context(Lookout(Path(run), attempt, clock, lambda text: None))
+        guard.lookout = closing.enter_context(Lookout(Path(run), attempt, clock, StopRequest(), lambda text: None))
         while not stands_still():
             time.sleep(0.1)
     for step in range(1, 6):

@@ -18,6 +18,7 @@ import pytest
 from cluster.nodes.findings import Findings, to_json
 from tests.gloo.worlds import environment, free_port
 from tests.launch.outside import done, nsi, refused
+from tests.launch.test_hub import VIT, fill_cache
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 60.0  # for starting Python and torch side by side on two busy cores; the healthy ones end long before
@@ -156,6 +157,23 @@ def test_what_is_missing_is_the_jobs_fault(tmp_path: Path) -> None:
         assert str(place) in line, flag
         assert ";" in line, "says what to do"
     assert said.out.splitlines()[-1] == "the job cannot run like this"
+
+
+def test_weights_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are looked for where training would take them; a recipe's backbone may need none."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}"
+    )
+    said = nsi("doctor", "--recipe", "reference")
+    assert said.status == 1
+    [line] = [line for line in said.out.splitlines() if line.startswith("BAD")]
+    assert f"--backbone vit_base_patch8_224.dino: its weights are not in {tmp_path / 'hub'}, and the hub" in line
+    for without in (["--recipe", "demo"], ["--backbone", "dct"], ["--recipe", "reference", "--backbone", "dct"]):
+        assert "fetched at the start, or none needed" in done(nsi("doctor", *without))
+    fill_cache(tmp_path / "hub")
+    assert f"weights    {VIT}: 0.0 MB" in done(nsi("doctor", "--backbone", VIT))
+    assert "--recipe no: unknown; there are default, reference, demo" in nsi("doctor", "--recipe", "no").out
 
 
 def test_a_manifest_that_was_damaged(shards: Path, tmp_path: Path) -> None:

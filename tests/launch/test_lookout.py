@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -15,6 +16,7 @@ from cluster.checkpoints.attempt import Attempt, take_attempt
 from cluster.records.appender import Appender
 from cluster.records.beat import beat_path, read_beat, write_beat
 from cluster.records.clock import Clock
+from cluster.watch.stop import StopRequest
 from launch.training import lookout
 from launch.training.lookout import Lookout
 
@@ -38,7 +40,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 def test_an_attempt_learns_that_it_was_replaced(tmp_path: Path, attempt: Attempt) -> None:
     beat = beat_path(tmp_path / "events", attempt.number)
-    with Lookout(tmp_path, attempt, Clock(time.time()), lambda text: None) as watching:
+    with Lookout(tmp_path, attempt, Clock(time.time()), StopRequest(), lambda text: None) as watching:
         wait_for(lambda: read_beat(beat))
         assert not watching.is_replaced
         take_attempt(tmp_path / "attempts", 1, "none", 0)
@@ -49,7 +51,7 @@ def test_what_cannot_be_seen_is_told_once_and_ends_nothing(tmp_path: Path, attem
     unreadable = tmp_path / "attempts" / "attempt-0002.json"
     unreadable.mkdir()
     beat, appender, told = beat_path(tmp_path / "events", attempt.number), Appender(), []
-    with Lookout(tmp_path, attempt, Clock(time.time()), appender.tell) as watching:
+    with Lookout(tmp_path, attempt, Clock(time.time()), StopRequest(), appender.tell) as watching:
         wait_for(lambda: told.extend(appender.troubles()) or told)
         beat.unlink()
         for _ in range(2 * lookout.LOOK_EVERY):  # as many beats, and two looks
@@ -64,11 +66,23 @@ def test_what_cannot_be_seen_is_told_once_and_ends_nothing(tmp_path: Path, attem
     appender.close()
 
 
+def test_a_stop_file_is_seen_at_the_start_and_later(tmp_path: Path, attempt: Attempt) -> None:
+    at_the_start, later = StopRequest(), StopRequest()
+    with Lookout(tmp_path, attempt, Clock(time.time()), later, lambda text: None):
+        wait_for(lambda: read_beat(beat_path(tmp_path / "events", attempt.number)))
+        assert not later.look(math.inf)
+        (tmp_path / "stop").touch()
+        wait_for(lambda: later.look(math.inf))
+    with Lookout(tmp_path, attempt, Clock(time.time()), at_the_start, lambda text: None):
+        assert at_the_start.look(math.inf)
+    assert (at_the_start.reason, later.reason) == (str(tmp_path / "stop"),) * 2
+
+
 def test_nobody_waits_for_a_storage_that_stands_still(tmp_path: Path, attempt: Attempt) -> None:
     beat = beat_path(tmp_path / "events", attempt.number)
     beat.parent.mkdir()
     os.mkfifo(beat)  # to open it is to wait until somebody reads
-    with Lookout(tmp_path, attempt, Clock(time.time()), lambda text: None):
+    with Lookout(tmp_path, attempt, Clock(time.time()), StopRequest(), lambda text: None):
         (thread,) = [each for each in threading.enumerate() if each.name == "lookout"]
         wait_for(lambda: sys._current_frames()[thread.ident].f_code is write_beat.__code__)
     assert thread.is_alive()

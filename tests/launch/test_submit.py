@@ -17,6 +17,7 @@ from launch.submit import merging, time_findings
 from launch.submit_checks import port_findings, unwritable
 from launch.submit_text import duration
 from tests.launch.outside import done, nsi, refused
+from tests.launch.test_hub import VIT, fill_cache
 
 SLURM = Path(__file__).parents[2] / "slurm"
 TRAIN = SLURM / "train.sbatch"
@@ -190,15 +191,14 @@ def test_a_training_that_would_fail_is_refused(login: Path, shards: Path, flags:
 
 def test_weights_that_nodes_cannot_fetch_are_told(login: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A warning: the nodes may have internet after all."""
-    vit = "vit_tiny_patch16_224"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(login / "hub"))
-    told = f"warning: --backbone {vit}: its weights are not in {login / 'hub'}"
-    assert told in nsi("submit", *train(shards, "--backbone", vit)).err
+    told = f"warning: --backbone {VIT}: its weights are not in {login / 'hub'}"
+    assert told in nsi("submit", *train(shards, "--backbone", VIT)).err
     assert "its weights" not in nsi("submit", *train(shards)).err  # of the demo's backbone, which has none
     (login / "weights.pt").touch()
-    assert "its weights" not in nsi("submit", *train(shards, "--backbone", vit, "--backbone_weights", "weights.pt")).err
-    (login / "hub" / f"models--timm--{vit}.augreg_in21k_ft_in1k").mkdir(parents=True)  # by its whole name
-    assert "its weights" not in nsi("submit", *train(shards, "--backbone", vit)).err
+    assert "its weights" not in nsi("submit", *train(shards, "--backbone", VIT, "--backbone_weights", "weights.pt")).err
+    fill_cache(login / "hub")
+    assert "its weights" not in nsi("submit", *train(shards, "--backbone", VIT)).err
 
 
 def test_each_thing_that_is_wrong_is_a_line(login: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

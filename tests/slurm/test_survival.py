@@ -340,10 +340,32 @@ def test_without_its_folders_it_says_so(cluster, tmp_path) -> None:
     assert cluster.output(job) == "train.sbatch: give --data_path SHARDS --log_path RUN behind the script's name\n"
 
 
-def test_shards_that_are_not_there_end_the_job(cluster, tmp_path) -> None:
-    training = start(cluster, tmp_path, tmp_path / "none", "--nodes=2")
+def test_what_is_not_there_ends_the_job(cluster, tmp_path) -> None:
+    """Neither shards nor, on nodes without internet, the weights."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    training = start(
+        cluster, tmp_path, tmp_path / "none", "--nodes=2", flags=("--backbone", "vit_tiny_patch16_224"),
+        environment=offline,
+    )  # fmt: skip
     cluster.wait_for_state(training.job, "FAILED")
     said = cluster.output(training.job)
     assert "BAD   data" in said
     assert str(tmp_path / "none") in said
+    assert "BAD   weights    --backbone vit_tiny_patch16_224: its weights are not in" in said
     assert cluster.job(training.job)["Restarts"] == "0"
+
+
+def test_a_host_that_pdsh_would_not_find_is_named(apart, tmp_path, shards) -> None:
+    """A node by a name that rank 0's node cannot resolve."""
+    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n")
+    inside = ["nsenter", "--target", str(nodes.first_process(apart.place, "node01").pid), "--mount", "--pid"]
+    apart.run([*inside, "mount", "--bind", str(tmp_path / "hosts"), "/etc/hosts"])
+    try:
+        environment = {"NSI_LAUNCHER": "pdsh", "NSI_DOCTOR": "0"}
+        training = start(apart, tmp_path, shards, "--nodelist=node[01-02]", environment=environment)
+        apart.wait_for_state(training.job, "FAILED")
+    finally:
+        apart.run([*inside, "umount", "/etc/hosts"])
+    [line] = [each for each in apart.output(training.job).splitlines() if each.startswith("train.sbatch: ")]
+    hostfile = training.run / "slurm" / f"{training.job}.hostfile"
+    assert line == f"train.sbatch: {hostfile}: node01 knows no host node01; pdsh cannot reach it"
