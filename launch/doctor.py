@@ -136,7 +136,8 @@ def _look_here(config: DoctorConfig, world: World, mine: Findings, until: float)
     if built:
         version, cuda = built["versions"]
         mine = replace(mine, packages={**mine.packages, "torch": version}, cuda=cuda)
-        done, more = within(config.seconds / 6, _with_torch(config))
+        # By then timm must have been imported as well, from the folder that torch came from.
+        done, more = within(max(config.seconds / 6, until - time.monotonic()), _with_torch(config))
         mine = replace(mine, **{name: fact for facts in done.values() for name, fact in facts.items()})
         if not mine.gpus_asked:
             more.pop("gpus", None)

@@ -45,7 +45,8 @@ def _well(check: str, known: Sequence[Findings], places: dict[str, str]) -> str:
     if check == "data":
         return f"{places[check]}: fingerprint {first.data[:12]}, {first.data_bytes / GB:.2f} GB"
     if check == "weights":
-        return f"{places[check]}: {_weights(known)}"
+        # Where torch could not be imported nobody has looked.
+        return f"{places[check]}: {_weights(known)}" if all(each.weights_bytes is not None for each in known) else ""
     if check == "log_path":
         return f"{places[check]}: " + ("one folder, which all nodes see and can write" if several else "can be written")
     if check == "scratch":
@@ -60,9 +61,7 @@ def _well(check: str, known: Sequence[Findings], places: dict[str, str]) -> str:
 
 def _weights(known: Sequence[Findings]) -> str:
     sizes = [each.weights_bytes for each in known]
-    if not all(sizes):
-        return "fetched at the start, or none needed"
-    return f"{sizes[0] / _MB:.1f} MB"
+    return f"{max(filter(None, sizes)) / _MB:.1f} MB" if all(sizes) else "fetched at the start, or none needed"
 
 
 def _gpus(known: Sequence[Findings]) -> str:

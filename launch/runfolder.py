@@ -21,7 +21,7 @@ REPORT = "report.html"
 STACKS = "stacks"  # where every rank was when the watchdog ended an attempt
 NONFINITE = "nonfinite"  # reports of a step whose numbers were none, -STEP.json
 DOCTOR = "doctor"  # what `nsi doctor` found on the nodes before a job, in JOB-RESTART/
-STOP = "stop"  # made by a person, it ends the run after its step, saved; with "requeue" in it, as a signal does
+STOP = "stop"  # made by a person, it ends the run within a second or two, saved; with "requeue" in it, as a signal does
 RUNNING = "running"  # while an attempt trains, or has died: its number and Slurm job; a batch script requeues on it
 STOPPED = "stopped"  # there while a run was cut by a signal; a batch script requeues on it
 

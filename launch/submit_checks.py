@@ -144,7 +144,13 @@ def _features(job: Job) -> Iterator[Finding]:
 
 def _from_the_hub(backbone: BackboneConfig) -> Iterator[Finding]:
     """Weights that a node without internet would look for in vain, as far as this account's cache tells."""
-    place = None if backbone.backbone_weights else hub.place_of(backbone.backbone)
+    if backbone.backbone_weights:
+        return
+    try:
+        place = hub.place_of(backbone.backbone)
+    except UserError as error:
+        yield Finding(str(error))
+        return
     if place and not hub.cached(place):
         text = f"{hub.missing(backbone.backbone)}, and nodes without internet cannot fetch them"
         yield Finding(f"{text}; {hub.remedy(backbone.backbone)}", is_warning=True)

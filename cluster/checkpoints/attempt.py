@@ -32,16 +32,16 @@ class Attempt:
 
 
 def take_attempt(
-    folder: Path, world_size: int, launcher: str, restored_step: int, started: float | None = None
+    folder: Path, world_size: int, launcher: str, restored_step: int, started: float | None = None, after: int = 0
 ) -> Attempt:
     """Takes the next number by creating its file exclusively, so that two starts never share one.
 
-    `started`: when its rank 0's process began; now, where it is not told. Raises UserError where the folder cannot be
-    written.
+    `started`: when its rank 0's process began; now, where it is not told. `after`: a number that is taken, whatever the
+    folder says. Raises UserError where the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        number = len(list(folder.glob("attempt-*.json"))) + 1
+        number = max(len(list(folder.glob("attempt-*.json"))), after) + 1
         while True:
             attempt = Attempt(number, started or time.time(), world_size, launcher, restored_step)
             try:

@@ -36,7 +36,7 @@ class Findings:
     port: int = 0  # where partners of the exchange knock
     data: str = ""  # the manifest's fingerprint
     data_bytes: int = 0
-    weights_bytes: int = 0
+    weights_bytes: int | None = None  # 0: the hub gives them at the start, or there are none
     scratch_free: int | None = None  # bytes
     mark: str = ""  # the name of the file that it left in the run's folder
     marks_seen: tuple[bool, ...] = ()  # whether it sees those of the first few nodes

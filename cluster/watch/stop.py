@@ -1,6 +1,7 @@
 """A wish to stop: a signal from the scheduler or a person, a stop file, a deadline. Training asks at every step.
 
-The file is looked for by another thread: it lies on a shared folder, which may stand still."""
+The file is looked for by another thread, since it lies on a shared folder, which may stand still. The reason itself is
+set by the main thread alone, and with it the time from which the run's grace counts."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ ECHO_S = 1.0  # Slurm may send one signal to the batch script and to its ranks, 
 SLURM_END = "SLURM_JOB_END_TIME"  # seconds since 1970
 
 
-REQUEUE = "requeue"  # what a batch script writes into the stop file
+REQUEUE = b"requeue"  # what a batch script writes into the stop file
 
 
 class StopRequest:
@@ -25,6 +26,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.reason: str | None = None
         self.is_for_good = False  # a person wants the run to end, not to be queued again
+        self._found: tuple[str, bool] | None = None  # a stop file, and whether it is for good
         self._heard = 0.0
         self._since = math.inf
         if threading.current_thread() is threading.main_thread():
@@ -35,13 +37,15 @@ class StopRequest:
         """Whether there is a reason to stop by now; `deadline` in seconds since 1970."""
         if self.reason is None and time.time() >= deadline:
             self._wish("its time limit")
+        if self.reason is None and self._found:
+            stop_file, self.is_for_good = self._found
+            self._wish(stop_file)
         return self.reason is not None
 
     def look_for(self, stop_file: Path) -> None:
-        """Looks for a stop file, if there is no other reason yet. One rank does."""
-        if self.reason is None and _is_there(stop_file):
-            self.is_for_good = _content(stop_file) != REQUEUE  # before the reason, which another thread reads
-            self._wish(str(stop_file))
+        """Looks for a stop file, for the next `look` to heed. One rank does."""
+        if self._found is None and _is_there(stop_file):
+            self._found = str(stop_file), _content(stop_file) != REQUEUE
 
     def is_overdue(self, grace_s: float) -> bool:
         """Whether the process is still here so long after it was asked to stop."""
@@ -77,8 +81,8 @@ def _is_there(path: Path) -> bool:
         return False
 
 
-def _content(path: Path) -> str:
+def _content(path: Path) -> bytes:
     try:
-        return path.read_text().strip()
+        return path.read_bytes().strip()
     except OSError:  # a person has taken it away again
-        return ""
+        return b""

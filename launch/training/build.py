@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from launch import hub
 from launch.config import BackboneConfig, TrainConfig
 from nsi.backbone import DCT, Backbone, Passing, build_backbone
 from nsi.errors import UserError
@@ -84,10 +85,7 @@ def _fetch_weights(name: str) -> dict[str, torch.Tensor]:
     """timm's weights from the hub, or from the hub's cache on this machine."""
     import timm
 
-    if not timm.is_model(name):
-        raise UserError(
-            f"--backbone {name}: timm {timm.__version__} knows no such model (timm.list_models() lists them)"
-        )
+    hub.place_of(name)  # raises for a name that timm does not know
     try:
         return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # the hub's client raises its own, requests' and the operating system's errors

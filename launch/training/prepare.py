@@ -14,7 +14,7 @@ import torch
 
 from cluster.checkpoints.attempt import Attempt, go_on_from, take_attempt
 from cluster.checkpoints.checkpoint import Checkpoint
-from cluster.checkpoints.folder import clear_leftovers
+from cluster.checkpoints.folder import clear_leftovers, survey
 from cluster.engine.config import precision_note
 from cluster.engine.engine import check_deepspeed_config
 from cluster.records.prometheus import forget_endpoints
@@ -135,7 +135,9 @@ def begin(config: TrainConfig, world: World, parts: Parts, choice: Choice, start
         return None
     step = parts.restored.step if parts.restored else 0
     attempts = config.log_path / runfolder.ATTEMPTS
-    attempt = take_attempt(attempts, world.size, world.launcher, step, started)
+    # Checkpoints may have come from another run folder, without its attempts.
+    after = max((found.attempt for found in survey(config.log_path / runfolder.CHECKPOINTS)), default=0)
+    attempt = take_attempt(attempts, world.size, world.launcher, step, started, after)
     if (later := saved_since(config.log_path, choice)) is not None:
         attempt = go_on_from(attempts, attempt, later)  # at once: an attempt that goes on from before makes it void
     with contextlib.suppress(OSError):  # what stays takes some room, and is tried again after a checkpoint

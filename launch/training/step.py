@@ -49,6 +49,7 @@ class StepSettings:
     micro_rows: int  # M
     feature_dim: int  # F
     gather: Gather = gather_rows  # everybody's rows
+    meets_in_forward: bool = False  # ranks wait for each other in the forward: ZeRO 3 gathers each layer there
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class StepResult:
         return math.isfinite(float(self.contrastive + self.reconstruction))
 
 
+def _nothing() -> None:
+    """Nobody wants to know."""
+
+
 def training_step(
     engine: Engine,
     backbone: Features,
@@ -73,10 +78,10 @@ def training_step(
     step: int,
     lr: float,
     settings: StepSettings,
-    met: Callable[[], None] = lambda: None,
+    met: Callable[[], None] = _nothing,
 ) -> StepResult:
-    """Forward, loss, backward and the optimizer's step, by all ranks together; `met` is called when this rank has
-    embedded its rows and is about to meet the others."""
+    """Forward, loss, backward and the optimizer's step, by all ranks together; `met` is called when this rank has done
+    what it does by itself and is about to meet the others."""
     contrastive, reconstruction = losses_and_gradient(engine, backbone, batch, step, settings, met)
     grad_norm, applied = engine.step(lr)
     sums = sum_over_ranks(torch.stack([contrastive.detach().float(), reconstruction.detach().float()]))
@@ -89,7 +94,7 @@ def losses_and_gradient(
     batch: Batch,
     step: int,
     settings: StepSettings,
-    met: Callable[[], None] = lambda: None,
+    met: Callable[[], None] = _nothing,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's shares of the contrastive and the reconstruction loss; their gradient is in the engine afterwards.
 
@@ -98,6 +103,9 @@ def losses_and_gradient(
     micros = micro_batches(batch, settings)
     with torch.no_grad():
         features_MPFs = [features_of(micro, backbone) for micro in micros]
+    if settings.meets_in_forward:
+        met()
+        met = _nothing
     if len(micros) > 1:
         return _two_passes(engine, features_MPFs, micros, batch, step, settings, met)
     output = forward(engine, features_MPFs[0], batch, step, settings)

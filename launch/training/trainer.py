@@ -84,6 +84,7 @@ class Trainer:
             config.optim.batch_size,
             means.micro_rows,
             parts.backbone.feature_dim,
+            meets_in_forward=config.engine.zero_stage == 3,
         )
         self._engine = _engine(config, means)
         self._now = replace(parts.restored) if parts.restored else Progress(0, Plateau(), {})

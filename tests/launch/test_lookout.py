@@ -73,6 +73,7 @@ def test_a_stop_file_is_seen_at_the_start_and_later(tmp_path: Path, attempt: Att
         assert not later.look(math.inf)
         (tmp_path / "stop").touch()
         wait_for(lambda: later.look(math.inf))
+        assert not later.is_overdue(60)
     with Lookout(tmp_path, attempt, Clock(time.time()), at_the_start, lambda text: None):
         assert at_the_start.look(math.inf)
     assert (at_the_start.reason, later.reason) == (str(tmp_path / "stop"),) * 2
