@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,12 @@ SHARD_SAMPLES = 10
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slurm first: it waits more than it computes, and a worker that came to it last would leave the other idle."""
     items.sort(key=lambda item: not item.nodeid.startswith(SLURM))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What has been imported by now stays; a collection need not look at it, and `auto` collects before each try."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -54,7 +54,7 @@ def distance(found: dict, truth: dict) -> float:
     )
 
 
-@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=pytest.mark.long) for size in (1, 3))])
 def test_at_every_stage(tmp_path: Path, truth: dict, size: int) -> None:
     plan = [case(stage, "fp32", micro_rows=rows) for stage in STAGES for rows in (0, 2)]
     for found in run_world("work_engine.py", size, tmp_path, json.dumps(plan)):

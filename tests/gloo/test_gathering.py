@@ -20,9 +20,7 @@ PLAN += [case(stage, steps=0, finetuned=True) for stage in (0, 1, 2, 3)]
 PLAN += [case(stage, precision) for stage in (1, 2, 3, 0) for precision in ("bf16", "fp16")]
 
 
-@pytest.mark.parametrize(
-    "size", [1, 2, pytest.param(3, marks=pytest.mark.long), pytest.param(4, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=pytest.mark.long) for size in (1, 3, 4))])
 def test_flat_and_tensor_by_tensor(tmp_path: Path, size: int) -> None:
     """Sizes that no world divides, several parameter groups, a frozen part, every stage and precision."""
     for found in run_world("work_gathering.py", size, tmp_path, json.dumps(PLAN)):

@@ -50,15 +50,19 @@ def truth() -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("worlds", [(1, 2), pytest.param(WORLDS, marks=pytest.mark.long)], ids=str)
-def test_any_change_of_world_and_stage(tmp_path: Path, truth: list[float], worlds: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("worlds", "stages"), [((1, 2), (0, 3)), pytest.param(WORLDS, STAGES, marks=pytest.mark.long)], ids=str
+)
+def test_any_change_of_world_and_stage(
+    tmp_path: Path, truth: list[float], worlds: tuple[int, ...], stages: tuple[int, ...]
+) -> None:
     """To more ranks and to fewer, out of two stages and into two; in its own world and stage bit for bit."""
 
     def elsewhere(world: int, origins: tuple[int, ...]) -> list[dict]:
         return [
             onward(tmp_path, (stage + world) % 4, (origin, stage))
             for origin in origins
-            for stage in STAGES[(origin + world) % 2 :: 2]
+            for stage in stages[(origin + world) % 2 :: 2]
         ]
 
     def check(world: int, own: list[dict], moved: list[dict]) -> None:
@@ -77,7 +81,7 @@ def test_any_change_of_world_and_stage(tmp_path: Path, truth: list[float], world
     for place, world in enumerate(worlds):  # each can go on from those before it, and at the end from those after it
         own = [
             case
-            for stage in STAGES
+            for stage in stages
             for case in (whole(stage), first(tmp_path, world, stage), onward(tmp_path, stage, (world, stage)))
         ]
         check(world, own, elsewhere(world, worlds[: place + 1]))

@@ -78,7 +78,7 @@ def test_it_begins_as_with_the_frozen_backbone_and_then_parts(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["0", "3"])
+@pytest.mark.parametrize("stage", [pytest.param("0", marks=pytest.mark.long), "3"])
 def test_another_world_and_stage_go_on(
     shards: Path, whole: Path, trainable: tuple[str, ...], tmp_path: Path, stage: str
 ) -> None:
