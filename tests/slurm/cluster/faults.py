@@ -17,7 +17,7 @@ from tests.slurm.cluster.processes import Process, below, end_trees, find, recor
 BOOT_S = 20.0
 FREEZE_S = 10.0
 RESTORE_S = 60.0
-DAEMONS = {"slurmd", "slurmstepd", "sshd"}
+DAEMONS = {"slurmd", "slurmstepd", "sshd", "sshd-session"}
 
 
 def power_off(cluster: Cluster, node: str) -> None:
@@ -159,7 +159,9 @@ def _handles(process: Process, number: signal.Signals) -> bool:
 
 def _name(process: Process) -> str:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{process.pid}/comm").read_text().strip()
+        # slurmd 24 starts itself anew on SIGHUP, and goes by another name then for all but its command line.
+        called = os.path.basename(Path(f"/proc/{process.pid}/cmdline").read_text().partition("\0")[0])
+        return called if called in DAEMONS else Path(f"/proc/{process.pid}/comm").read_text().strip()
     return ""
 
 
