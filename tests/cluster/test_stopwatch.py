@@ -13,14 +13,14 @@ from cluster.watch.stopwatch import stopwatch
 def test_on_the_host() -> None:
     watch = stopwatch(torch.device("cpu"))
     watch.start()
-    time.sleep(0.05)
+    time.sleep(0.5)
     watch.lap()
     first_s = watch.seconds()
     time.sleep(0.05)  # what comes after the second moment does not count
-    assert 0.05 <= first_s == watch.seconds()
+    assert 0.5 <= first_s == watch.seconds()
     watch.start()  # begins anew
     watch.lap()
-    assert watch.seconds() < 0.05
+    assert watch.seconds() < 0.5
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -56,7 +56,7 @@ def test_preempted_it_saves_and_comes_back(cluster, tmp_path, shards, truth, tab
     training.wait_for_end()
     again = cluster.output(training.job).count("has ended well before, and Slurm queued it once more")
     assert cluster.job(training.job)["Restarts"] == str(1 + again)
-    assert again <= 1  # a fault of newer Slurms
+    assert again <= (" 22." not in cluster.run(["scontrol", "--version"]).stdout)  # a fault of newer Slurms
     _, second = attempts(training.run)
     # It has saved the step at which it was asked, and not merely gone back to the last checkpoint.
     assert second["restored_step"] >= EVERY + 3
